@@ -1,0 +1,258 @@
+//! Reading and writing safetensors files.
+//!
+//! The header is written here rather than by the safetensors crate because that one serialises metadata in the
+//! random order of a `HashMap`; ours sorts every key, so that a file's bytes are a function of its content.
+//! Format: <https://github.com/huggingface/safetensors/blob/v0.5.3/README.md#format>
+
+use crate::error::{Error, Result};
+use crate::io::write_atomic;
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, SafeTensors};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// A memory-mapped safetensors file whose header has been checked against its length.
+pub struct MappedFile {
+    path: PathBuf,
+    map: memmap2::Mmap,
+    data_start: usize,
+    header: Metadata,
+}
+
+impl MappedFile {
+    /// Maps `path` and reads its header. Errors name the file and say what is wrong with it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io("open", path, e).into_usage())?;
+        // SAFETY: the map is read-only; a file truncated by another process while it is mapped would fault, as with
+        // every memory-mapped weight loader. Our own files are never truncated in place: they are renamed over.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e).into_usage())?;
+        let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| bad_header(path, &map, e))?;
+        let data_start = header_len + 8;
+        let expected = data_start + header.tensors().values().map(|t| t.data_offsets.1).max().unwrap_or(0);
+        if map.len() != expected {
+            return Err(Error::usage(format!("`{}` is truncated or corrupt", path.display()))
+                .expected(format!("{expected} bytes, as its header says"), format!("{} bytes", map.len()))
+                .hint("download or copy the file again"));
+        }
+        Ok(Self { path: path.into(), map, data_start, header })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Tensor names, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.header.tensors().into_keys().collect();
+        names.sort();
+        names
+    }
+
+    /// The `__metadata__` entries, sorted.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.header
+            .metadata()
+            .as_ref()
+            .map(|m| m.iter().map(|(k, v)| (k.clone(), v.clone())).collect())
+            .unwrap_or_default()
+    }
+
+    /// Storage type and shape of one tensor, if the file has it.
+    pub fn info(&self, name: &str) -> Option<(Dtype, &[usize])> {
+        self.header.info(name).map(|t| (t.dtype, t.shape.as_slice()))
+    }
+
+    /// The raw little-endian bytes of one tensor.
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let info = self
+            .header
+            .info(name)
+            .ok_or_else(|| Error::usage(format!("`{}` has no tensor `{name}`", self.path.display())))?;
+        Ok(&self.map[self.data_start + info.data_offsets.0..self.data_start + info.data_offsets.1])
+    }
+
+    /// One tensor on `device`, converted to `dtype` (floats: f32, bf16, f16, f64; integers: i64, u32, u8).
+    ///
+    /// The pages read are given back to the system, so that loading does not hold file and copy both.
+    pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let bytes = self.bytes(name)?;
+        let (stored, shape) = self.info(name).expect("bytes() found it");
+        let tensor = decode(bytes, stored, shape, dtype).map_err(|found| {
+            Error::usage(format!("cannot load `{name}` from `{}`", self.path.display()))
+                .expected(format!("a dtype that converts to {}", dtype.as_str()), found)
+        })?;
+        self.release(bytes);
+        Ok(tensor.to_device(device)?)
+    }
+
+    fn release(&self, bytes: &[u8]) {
+        #[cfg(unix)]
+        {
+            let page = 4096;
+            let start = (bytes.as_ptr() as usize - self.map.as_ptr() as usize).next_multiple_of(page);
+            let end = (bytes.as_ptr() as usize - self.map.as_ptr() as usize + bytes.len()) / page * page;
+            if end > start {
+                // SAFETY: the map is read-only and backed by a file; dropped pages are read again when touched.
+                let _ =
+                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+            }
+        }
+    }
+}
+
+fn bad_header(path: &Path, map: &[u8], e: safetensors::SafeTensorError) -> Error {
+    let error = Error::usage(format!("`{}` is not a whole safetensors file", path.display())).detail(e.to_string());
+    let hint = if map.is_empty() {
+        "the file is empty: download or copy it again"
+    } else if map.starts_with(b"version https://git-lfs") {
+        "this is a git-lfs pointer, not the weights: run `git lfs pull` or download the file itself"
+    } else if map.starts_with(b"PK") || map.starts_with(&[0x80]) {
+        "this looks like a PyTorch pickle file: convert it to safetensors"
+    } else if map.starts_with(b"GGUF") {
+        "this is a GGUF file, which is not read here"
+    } else {
+        "the file is truncated or corrupt: download or copy it again"
+    };
+    error.hint(hint)
+}
+
+/// Bytes of `stored` type as a CPU tensor of `dtype`; `Err` describes the type that does not convert.
+fn decode(bytes: &[u8], stored: Dtype, shape: &[usize], dtype: DType) -> std::result::Result<Tensor, String> {
+    use half::{bf16, f16};
+    fn read<const N: usize, T: Send>(bytes: &[u8], f: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
+        bytes.par_chunks_exact(N).with_min_len(1 << 16).map(|b| f(b.try_into().expect("chunks of N bytes"))).collect()
+    }
+    let cpu = &Device::Cpu;
+    let tensor = match (stored, dtype) {
+        (Dtype::F32, DType::F32) => Tensor::from_vec(read(bytes, f32::from_le_bytes), shape, cpu),
+        (Dtype::BF16, DType::F32) => Tensor::from_vec(read(bytes, |b| bf16::from_le_bytes(b).to_f32()), shape, cpu),
+        (Dtype::F16, DType::F32) => Tensor::from_vec(read(bytes, |b| f16::from_le_bytes(b).to_f32()), shape, cpu),
+        (Dtype::F64, DType::F32) => Tensor::from_vec(read(bytes, |b| f64::from_le_bytes(b) as f32), shape, cpu),
+        (Dtype::BF16, DType::BF16) => Tensor::from_vec(read(bytes, bf16::from_le_bytes), shape, cpu),
+        (Dtype::F32, DType::BF16) => {
+            Tensor::from_vec(read(bytes, |b| bf16::from_f32(f32::from_le_bytes(b))), shape, cpu)
+        }
+        (Dtype::F16, DType::BF16) => {
+            Tensor::from_vec(read(bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())), shape, cpu)
+        }
+        (Dtype::F64, DType::BF16) => {
+            Tensor::from_vec(read(bytes, |b| bf16::from_f64(f64::from_le_bytes(b))), shape, cpu)
+        }
+        (Dtype::I64, DType::I64) => Tensor::from_vec(read(bytes, i64::from_le_bytes), shape, cpu),
+        (Dtype::I32, DType::I64) => Tensor::from_vec(read(bytes, |b| i64::from(i32::from_le_bytes(b))), shape, cpu),
+        (Dtype::U32, DType::U32) => Tensor::from_vec(read(bytes, u32::from_le_bytes), shape, cpu),
+        (Dtype::U8 | Dtype::BOOL, DType::U8) => Tensor::from_vec(bytes.to_vec(), shape, cpu),
+        (other, _) => return Err(format!("{other:?}")),
+    };
+    tensor.map_err(|e| e.to_string())
+}
+
+/// One tensor to be written: name, storage type, shape, little-endian bytes.
+pub struct RawTensor {
+    /// The key in the file.
+    pub name: String,
+    /// Storage type.
+    pub dtype: Dtype,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// Little-endian data, row-major.
+    pub bytes: Vec<u8>,
+}
+
+impl RawTensor {
+    /// From a tensor on any device, in its own dtype (f32, bf16, f16, i64, u32, u8).
+    pub fn from_tensor(name: impl Into<String>, tensor: &Tensor) -> Result<Self> {
+        let (dtype, bytes) = match tensor.dtype() {
+            DType::F32 => (Dtype::F32, flat::<f32>(tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            DType::BF16 => (Dtype::BF16, flat::<half::bf16>(tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            DType::F16 => (Dtype::F16, flat::<half::f16>(tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            DType::I64 => (Dtype::I64, flat::<i64>(tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            DType::U32 => (Dtype::U32, flat::<u32>(tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            DType::U8 => (Dtype::U8, flat::<u8>(tensor)?),
+            other => return Err(Error::run(format!("tensors of type {} are not written", other.as_str()))),
+        };
+        Ok(Self { name: name.into(), dtype, shape: tensor.dims().to_vec(), bytes })
+    }
+}
+
+fn flat<T: candle_core::WithDType>(tensor: &Tensor) -> Result<Vec<T>> {
+    Ok(tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+}
+
+/// Writes a safetensors file atomically. Tensors are laid out in name order and all header keys are sorted.
+pub fn write(path: &Path, mut tensors: Vec<RawTensor>, metadata: &BTreeMap<String, String>) -> Result<()> {
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    let header = header_bytes(tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())), metadata);
+    write_atomic(path, |file| {
+        file.write_all(&header)?;
+        tensors.iter().try_for_each(|t| file.write_all(&t.bytes))
+    })
+}
+
+/// The length prefix and JSON header for tensors laid out back to back in the given order, padded to 8 bytes.
+pub fn header_bytes<'a>(
+    tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,
+    metadata: &BTreeMap<String, String>,
+) -> Vec<u8> {
+    // serde_json's map is a BTreeMap: keys come out sorted.
+    let mut header = serde_json::Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".into(), serde_json::json!(metadata));
+    }
+    let mut offset = 0usize;
+    for (name, dtype, shape) in tensors {
+        let end = offset + shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        header.insert(name.into(), serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}));
+        offset = end;
+    }
+    let mut json = serde_json::Value::Object(header).to_string().into_bytes();
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut out = (json.len() as u64).to_le_bytes().to_vec();
+    out.append(&mut json);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_back_and_the_bytes_are_reproducible() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.safetensors");
+        let x = Tensor::new(&[[1f32, -2.5], [3.25, 1e-8]], &Device::Cpu).unwrap();
+        let ids = Tensor::new(&[7i64, 8], &Device::Cpu).unwrap();
+        let metadata: BTreeMap<_, _> = ["z", "a", "m", "b"].map(|k| (k.to_string(), "v".to_string())).into();
+        let save = || {
+            let raw = vec![RawTensor::from_tensor("x", &x).unwrap(), RawTensor::from_tensor("ids", &ids).unwrap()];
+            write(&path, raw, &metadata).unwrap();
+            std::fs::read(&path).unwrap()
+        };
+        assert_eq!(save(), save());
+        let file = MappedFile::open(&path).unwrap();
+        assert_eq!(file.names(), ["ids", "x"]);
+        assert_eq!(file.metadata(), metadata);
+        let back = file.tensor("x", DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(back.to_vec2::<f32>().unwrap(), x.to_vec2::<f32>().unwrap());
+        assert_eq!(file.tensor("ids", DType::I64, &Device::Cpu).unwrap().to_vec1::<i64>().unwrap(), [7, 8]);
+    }
+
+    #[test]
+    fn truncated_and_empty_files_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.safetensors");
+        let x = Tensor::zeros((64, 64), DType::F32, &Device::Cpu).unwrap();
+        write(&path, vec![RawTensor::from_tensor("x", &x).unwrap()], &BTreeMap::new()).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for len in [0, 4, 40, whole.len() - 1] {
+            std::fs::write(&path, &whole[..len]).unwrap();
+            let error = MappedFile::open(&path).err().expect("a cut file must not open").to_string();
+            assert!(error.contains("t.safetensors"), "{error}");
+        }
+    }
+}

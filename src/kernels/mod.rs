@@ -1,0 +1,10 @@
+//! Differentiable operations: a small reverse-mode tape over candle tensors, and ops with hand-derived backward.
+//!
+//! Candle's own autograd is not used, because (read in candle-core 0.11.1 `backprop.rs`) it computes the gradients
+//! of frozen weights, accumulates every gradient by allocating zeros and adding, keeps the whole graph alive while
+//! it runs, and knows only one output per op. Tensors, dtypes and devices are candle's; the tape is ours.
+
+pub mod cpu;
+pub mod tape;
+
+pub use tape::{Gradients, Value, backward};
