@@ -3,7 +3,9 @@
 //! Dependencies point down only: `cli` -> `train`, `cache`, `sample` -> `data`, `model`, `optim` ->
 //! `adapters`, `flow`, `prompt` -> `kernels`, `io`, `config`, `rng`, `error`.
 
+pub mod adapters;
 pub mod error;
 pub mod io;
 pub mod kernels;
+pub mod model;
 pub mod rng;
