@@ -5,6 +5,8 @@
 //! it runs, and knows only one output per op. Tensors, dtypes and devices are candle's; the tape is ours.
 
 pub mod cpu;
+pub mod math;
+pub mod matmul;
 pub mod tape;
 
 pub use tape::{Gradients, Value, backward};
