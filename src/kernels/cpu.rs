@@ -3,31 +3,53 @@
 //! Every CPU kernel computes in f32. A bf16 tensor is widened on the way in and rounded on the way out.
 
 use crate::error::{Error, Result};
+use crate::kernels::math::vectorized;
 use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
 use half::bf16;
+use parking_lot::RwLockReadGuard;
 use rayon::prelude::*;
-use std::borrow::Cow;
+use std::ops::{Deref, Range};
 
 /// Elements per task of an elementwise loop: large enough to hide rayon's overhead, small enough to share.
 pub const GRAIN: usize = 16 * 1024;
 
-/// Calls `f` with the elements of a float tensor, row-major, in f32: borrowed if the tensor is contiguous f32,
-/// else converted.
-pub fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let tensor = tensor.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    let (start, end) = layout.contiguous_offsets().expect("made contiguous above");
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(v)) => Ok(f(&v[start..end])),
-        Storage::Cpu(CpuStorage::BF16(v)) => Ok(f(&widen(&v[start..end]))),
-        Storage::Cpu(_) => Err(Error::run(format!("a CPU kernel wants f32 or bf16, got {}", tensor.dtype().as_str()))),
-        _ => Err(Error::run("this op has no kernel for the device of its input").hint("use `device: cpu`")),
+/// The elements of a float tensor, row-major, in f32: borrowed if the tensor is contiguous f32 on the CPU, else
+/// converted. Dereferences to `[f32]`.
+pub enum View<'a> {
+    /// The tensor's own storage, locked for reading.
+    Borrowed(RwLockReadGuard<'a, Storage>, Range<usize>),
+    /// A converted copy.
+    Owned(Vec<f32>),
+}
+
+impl Deref for View<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match self {
+            Self::Borrowed(guard, range) => match &**guard {
+                Storage::Cpu(CpuStorage::F32(v)) => &v[range.clone()],
+                _ => unreachable!("view() borrows f32 storage only"),
+            },
+            Self::Owned(v) => v,
+        }
     }
 }
 
-/// The elements of a float tensor as f32, row-major.
-pub fn to_f32(tensor: &Tensor) -> Result<Vec<f32>> {
-    with_f32(tensor, |x| x.to_vec())
+/// Views a float tensor of any strides as f32.
+pub fn view(tensor: &Tensor) -> Result<View<'_>> {
+    if !tensor.device().is_cpu() {
+        return Err(Error::run("this op has no kernel for the device of its input").hint("use `device: cpu`"));
+    }
+    let (guard, layout) = tensor.storage_and_layout();
+    match (layout.contiguous_offsets(), &*guard) {
+        (Some((start, end)), Storage::Cpu(CpuStorage::F32(_))) => Ok(View::Borrowed(guard, start..end)),
+        (Some((start, end)), Storage::Cpu(CpuStorage::BF16(v))) => Ok(View::Owned(widen(&v[start..end]))),
+        (None, Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_))) => {
+            Ok(View::Owned(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?))
+        }
+        _ => Err(Error::run(format!("a CPU kernel wants f32 or bf16, got {}", tensor.dtype().as_str()))),
+    }
 }
 
 /// A CPU tensor of `dtype` (f32 or bf16) from computed f32 values.
@@ -59,14 +81,14 @@ pub fn par_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + S
 }
 
 /// Widens bf16 to f32, in parallel.
-pub fn widen(x: &[bf16]) -> Cow<'static, [f32]> {
+pub fn widen(x: &[bf16]) -> Vec<f32> {
     let mut out = uninit(x.len());
     out.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).for_each(|(o, x)| {
         for (o, x) in o.iter_mut().zip(x) {
             *o = f32::from_bits(u32::from(x.to_bits()) << 16);
         }
     });
-    Cow::Owned(out)
+    out
 }
 
 /// Rounds f32 to bf16 (to nearest even), in parallel.
@@ -76,18 +98,33 @@ pub fn narrow(x: &[f32]) -> Vec<bf16> {
 
 /// `a + b` for tensors of one shape.
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let out = with_f32(a, |a| {
-        with_f32(b, |b| {
-            let mut out = uninit(a.len());
-            out.par_chunks_mut(GRAIN).zip(a.par_chunks(GRAIN)).zip(b.par_chunks(GRAIN)).for_each(|((o, a), b)| {
-                for ((o, a), b) in o.iter_mut().zip(a).zip(b) {
-                    *o = a + b;
-                }
-            });
-            out
-        })
-    })??;
+    let (x, y) = (view(a)?, view(b)?);
+    let mut out = uninit(x.len());
+    out.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).zip(y.par_chunks(GRAIN)).for_each(|((o, x), y)| {
+        vectorized(|| o.iter_mut().zip(x).zip(y).for_each(|((o, x), y)| *o = x + y));
+    });
     from_f32(out, a.shape(), a.dtype())
+}
+
+/// A new buffer holding `f` of every element, in parallel.
+pub fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
+    let mut out = uninit(x.len());
+    out.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).for_each(|(o, x)| {
+        vectorized(|| o.iter_mut().zip(x).for_each(|(o, &x)| *o = f(x)));
+    });
+    out
+}
+
+/// Sums of the columns of a row-major matrix with rows of `width`, each from the first row to the last.
+pub fn column_sums(x: &[f32], width: usize) -> Vec<f32> {
+    let mut out = vec![0f32; width];
+    const COLUMNS: usize = 64;
+    out.par_chunks_mut(COLUMNS).enumerate().for_each(|(i, sums)| {
+        for row in x.chunks_exact(width) {
+            sums.iter_mut().zip(&row[i * COLUMNS..]).for_each(|(s, v)| *s += v);
+        }
+    });
+    out
 }
 
 /// `a += b` in the storage of `a`, which nothing else may be using.

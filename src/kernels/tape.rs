@@ -24,8 +24,9 @@ struct Source {
     output: usize,
 }
 
-/// Gradients of an op's outputs in, gradients of its inputs out; `None` means zero.
-type BackwardFn = Box<dyn FnOnce(Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>>>;
+/// Gradients of an op's outputs in, gradients of its inputs out; `None` means zero. The sink takes the gradients of
+/// leaves that the op holds inside and that are not among its inputs (see `checkpoint::segment`).
+type BackwardFn = Box<dyn FnOnce(Vec<Option<Tensor>>, &mut Gradients) -> Result<Vec<Option<Tensor>>>>;
 
 struct Node {
     /// Grows with creation: an op is always newer than its inputs.
@@ -42,6 +43,24 @@ struct Recorded {
 
 thread_local! {
     static NEXT_ID: Cell<u64> = const { Cell::new(0) };
+    static RECORDING: Cell<bool> = const { Cell::new(true) };
+}
+
+/// Runs `f` without recording: its values need no gradient, whatever leaves they are made of.
+pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            RECORDING.with(|r| r.set(self.0));
+        }
+    }
+    let _restore = Restore(RECORDING.with(|r| r.replace(false)));
+    f()
+}
+
+/// Whether ops are being recorded on this thread.
+pub fn is_recording() -> bool {
+    RECORDING.with(Cell::get)
 }
 
 fn next_id() -> u64 {
@@ -105,16 +124,18 @@ pub fn record(
     outputs: Vec<Tensor>,
     backward: impl FnOnce(Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> + 'static,
 ) -> Vec<Value> {
-    if !inputs.iter().any(|v| v.needs_grad()) {
+    if !is_recording() || !inputs.iter().any(|v| v.needs_grad()) {
         return outputs.into_iter().map(Value::constant).collect();
     }
+    record_always(inputs, outputs, Box::new(|grads, _| backward(grads)))
+}
+
+/// Records an op even where no input needs a gradient, because it holds leaves inside.
+pub(super) fn record_always(inputs: &[&Value], outputs: Vec<Tensor>, backward: BackwardFn) -> Vec<Value> {
     let node = Rc::new(Node {
         id: next_id(),
         num_outputs: outputs.len(),
-        recorded: RefCell::new(Some(Recorded {
-            inputs: inputs.iter().map(|v| v.source.clone()).collect(),
-            backward: Box::new(backward),
-        })),
+        recorded: RefCell::new(Some(Recorded { inputs: inputs.iter().map(|v| v.source.clone()).collect(), backward })),
     });
     let source = |output| Some(Source { node: node.clone(), output });
     outputs.into_iter().enumerate().map(|(i, tensor)| Value { tensor, source: source(i) }).collect()
@@ -138,6 +159,21 @@ pub fn record1(
 pub struct Gradients(HashMap<u64, Tensor>);
 
 impl Gradients {
+    fn add(&mut self, leaf: u64, grad: Tensor) -> Result<()> {
+        let sum = match self.0.remove(&leaf) {
+            None => grad,
+            Some(sum) => cpu::add(&sum, &grad)?,
+        };
+        self.0.insert(leaf, sum);
+        Ok(())
+    }
+
+    /// Adds all of `other`'s gradients.
+    pub(super) fn merge(&mut self, other: Gradients) -> Result<()> {
+        // Each leaf is its own sum: the order of a hash map's entries cannot change a result.
+        other.0.into_iter().try_for_each(|(leaf, grad)| self.add(leaf, grad))
+    }
+
     /// Takes the gradient of a leaf; `None` if nothing flowed into it.
     pub fn take(&mut self, leaf: &Value) -> Option<Tensor> {
         self.0.remove(&leaf.source.as_ref()?.node.id)
@@ -202,10 +238,10 @@ pub fn backward(seeds: Vec<(Value, Tensor)>) -> Result<Gradients> {
         let grads = sums.into_iter().map(|s| s.map(Sum::into_tensor));
         match node.recorded.take() {
             None => {
-                gradients.0.extend(grads.flatten().map(|g| (id, g)));
+                grads.flatten().try_for_each(|g| gradients.add(id, g))?;
             }
             Some(Recorded { inputs, backward }) => {
-                let input_grads = backward(grads.collect())?;
+                let input_grads = backward(grads.collect(), &mut gradients)?;
                 debug_assert_eq!(input_grads.len(), inputs.len());
                 for (source, grad) in inputs.into_iter().zip(input_grads) {
                     if let (Some(source), Some(grad)) = (source, grad) {
