@@ -4,11 +4,15 @@
 //! of frozen weights, accumulates every gradient by allocating zeros and adding, keeps the whole graph alive while
 //! it runs, and knows only one output per op. Tensors, dtypes and devices are candle's; the tape is ours.
 
+pub mod attention;
 pub mod checkpoint;
 pub mod cpu;
 pub mod linear;
 pub mod math;
 pub mod matmul;
+pub mod modulation;
+pub mod norm;
+pub mod rope;
 pub mod tape;
 #[cfg(test)]
 pub(crate) mod testing;
