@@ -16,14 +16,16 @@ pub enum Keep {
 /// Runs `f` as one op. Gradients flow to `inputs` and to every leaf that `f` captures.
 ///
 /// Both ways of keeping run the same ops in the same order and sum gradients in the same groups, so their gradients
-/// are equal bit for bit. `f` must compute the same values each time it is called.
+/// are equal bit for bit. `f` must compute the same values each time it is called. `captures_leaves` says whether `f`
+/// holds leaves; without any, and with constant inputs, nothing is kept.
 pub fn segment(
     keep: Keep,
     inputs: &[&Value],
+    captures_leaves: bool,
     f: impl Fn(&[Value]) -> Result<Vec<Value>> + 'static,
 ) -> Result<Vec<Value>> {
-    if !is_recording() {
-        return f(&inputs.iter().map(|v| v.detach()).collect::<Vec<_>>());
+    if !is_recording() || (!captures_leaves && !inputs.iter().any(|v| v.needs_grad())) {
+        return no_grad(|| f(&inputs.iter().map(|v| v.detach()).collect::<Vec<_>>()));
     }
     let needs: Vec<bool> = inputs.iter().map(|v| v.needs_grad()).collect();
     let tensors: Vec<Tensor> = inputs.iter().map(|v| v.tensor().clone()).collect();
@@ -92,7 +94,7 @@ mod tests {
             let captured = w.clone();
             let f = move |v: &[Value]| Ok(vec![mul(&mul(&v[0], &captured), &v[0]), mul(&v[0], &v[0])]);
             let outputs = match keep {
-                Some(keep) => segment(keep, &[&x], f).unwrap(),
+                Some(keep) => segment(keep, &[&x], true, f).unwrap(),
                 None => f(std::slice::from_ref(&x)).unwrap(),
             };
             let y = mul(&outputs[0], &w); // the leaf is used outside as well
@@ -110,7 +112,7 @@ mod tests {
     #[test]
     fn without_recording_nothing_is_kept() {
         let x = Value::leaf(Tensor::new(&[2f32], &Device::Cpu).unwrap());
-        let y = no_grad(|| segment(Keep::Inputs, &[&x], |v| Ok(vec![mul(&v[0], &v[0])]))).unwrap();
+        let y = no_grad(|| segment(Keep::Inputs, &[&x], false, |v| Ok(vec![mul(&v[0], &v[0])]))).unwrap();
         assert!(!y[0].needs_grad());
     }
 }

@@ -5,6 +5,7 @@
 //! it runs, and knows only one output per op. Tensors, dtypes and devices are candle's; the tape is ours.
 
 pub mod attention;
+pub mod basic;
 pub mod checkpoint;
 pub mod cpu;
 pub mod linear;

@@ -1,0 +1,170 @@
+//! Building the transformer from its files, and reaching its linears by name.
+
+use super::block::{Attention, Block, FeedForward};
+use super::{QwenImageTransformer, TimeTextEmbed, TransformerConfig};
+use crate::error::Result;
+use crate::io::Weights;
+use crate::kernels::Value;
+use crate::kernels::linear::{Linear, Lora};
+use candle_core::{DType, Device};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::rc::Rc;
+
+/// Whether the base weights are trained themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BaseWeights {
+    /// Constants: no gradient of them is ever computed.
+    Frozen,
+    /// Leaves, as full fine-tuning needs.
+    Trained,
+}
+
+/// Names that published or repackaged files carry beside the model's own tensors.
+fn may_ignore(name: &str) -> bool {
+    name.ends_with("__index_timestep_zero__")
+}
+
+impl QwenImageTransformer {
+    /// Loads a folder with `config.json` and safetensors. Names and shapes are checked before any data is read.
+    pub fn load(folder: &Path, dtype: DType, device: &Device, base: BaseWeights) -> Result<Self> {
+        let config = TransformerConfig::from_file(&folder.join("config.json"))?;
+        Self::from_weights(config, &Weights::open_folder(folder)?, dtype, device, base)
+    }
+
+    /// Builds the network from weights that fit `config`.
+    pub fn from_weights(
+        config: TransformerConfig,
+        weights: &Weights,
+        dtype: DType,
+        device: &Device,
+        base: BaseWeights,
+    ) -> Result<Self> {
+        weights.check(&config.tensors(), may_ignore)?;
+        let shapes: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
+        let value = |name: &str| -> Result<Value> {
+            let tensor = weights.get(name, &shapes[name], dtype, device)?;
+            Ok(match base {
+                BaseWeights::Frozen => Value::constant(tensor),
+                BaseWeights::Trained => Value::leaf(tensor),
+            })
+        };
+        let linear = |name: &str| -> Result<Linear> {
+            let bias = Some(value(&format!("{name}.bias"))?);
+            Ok(Linear { weight: value(&format!("{name}.weight"))?, bias, lora: None })
+        };
+        let block = |i: usize| -> Result<Rc<Block>> {
+            let value = |name: &str| value(&format!("transformer_blocks.{i}.{name}"));
+            let linear = |name: &str| linear(&format!("transformer_blocks.{i}.{name}"));
+            let mlp = |name: &str| -> Result<FeedForward> {
+                Ok(FeedForward { proj: linear(&format!("{name}.net.0.proj"))?, out: linear(&format!("{name}.net.2"))? })
+            };
+            Ok(Rc::new(Block {
+                img_mod: linear("img_mod.1")?,
+                txt_mod: linear("txt_mod.1")?,
+                attn: Attention {
+                    to_q: linear("attn.to_q")?,
+                    to_k: linear("attn.to_k")?,
+                    to_v: linear("attn.to_v")?,
+                    add_q_proj: linear("attn.add_q_proj")?,
+                    add_k_proj: linear("attn.add_k_proj")?,
+                    add_v_proj: linear("attn.add_v_proj")?,
+                    to_out: linear("attn.to_out.0")?,
+                    to_add_out: linear("attn.to_add_out")?,
+                    norm_q: value("attn.norm_q.weight")?,
+                    norm_k: value("attn.norm_k.weight")?,
+                    norm_added_q: value("attn.norm_added_q.weight")?,
+                    norm_added_k: value("attn.norm_added_k.weight")?,
+                },
+                img_mlp: mlp("img_mlp")?,
+                txt_mlp: mlp("txt_mlp")?,
+            }))
+        };
+        let addition = "time_text_embed.addition_t_embedding.weight";
+        Ok(Self {
+            dtype,
+            device: device.clone(),
+            img_in: linear("img_in")?,
+            txt_norm: value("txt_norm.weight")?,
+            txt_in: linear("txt_in")?,
+            time_text_embed: TimeTextEmbed {
+                linear_1: linear("time_text_embed.timestep_embedder.linear_1")?,
+                linear_2: linear("time_text_embed.timestep_embedder.linear_2")?,
+                addition_t_embedding: config.use_additional_t_cond.then(|| value(addition)).transpose()?,
+            },
+            transformer_blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
+            norm_out: linear("norm_out.linear")?,
+            proj_out: linear("proj_out")?,
+            config,
+        })
+    }
+
+    /// Puts an adapter on the linear `module`, or takes it off. False if there is no such linear.
+    ///
+    /// No value of an earlier forward pass may be alive.
+    pub fn set_adapter(&mut self, module: &str, lora: Option<Lora>) -> bool {
+        match self.linear_mut(module) {
+            Some(linear) => {
+                linear.lora = lora;
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn linear_mut(&mut self, module: &str) -> Option<&mut Linear> {
+        if let Some(rest) = module.strip_prefix("transformer_blocks.") {
+            let (index, name) = rest.split_once('.')?;
+            let block = self.transformer_blocks.get_mut(index.parse::<usize>().ok()?)?;
+            return Rc::get_mut(block)
+                .expect("adapters change between passes, when nothing else holds a block")
+                .linear_mut(name);
+        }
+        Some(match module {
+            "img_in" => &mut self.img_in,
+            "txt_in" => &mut self.txt_in,
+            "time_text_embed.timestep_embedder.linear_1" => &mut self.time_text_embed.linear_1,
+            "time_text_embed.timestep_embedder.linear_2" => &mut self.time_text_embed.linear_2,
+            "norm_out.linear" => &mut self.norm_out,
+            "proj_out" => &mut self.proj_out,
+            _ => return None,
+        })
+    }
+
+    /// Every base parameter by its checkpoint name, in the model's order.
+    pub fn parameters(&self) -> Vec<(String, Value)> {
+        let mut out = Vec::new();
+        let ends = [
+            ("img_in", &self.img_in),
+            ("txt_in", &self.txt_in),
+            ("time_text_embed.timestep_embedder.linear_1", &self.time_text_embed.linear_1),
+            ("time_text_embed.timestep_embedder.linear_2", &self.time_text_embed.linear_2),
+            ("norm_out.linear", &self.norm_out),
+            ("proj_out", &self.proj_out),
+        ];
+        let mut add = |name: String, linear: &Linear| {
+            out.push((format!("{name}.weight"), linear.weight.clone()));
+            out.extend(linear.bias.iter().map(|b| (format!("{name}.bias"), b.clone())));
+        };
+        ends.into_iter().for_each(|(name, linear)| add(name.into(), linear));
+        for (i, block) in self.transformer_blocks.iter().enumerate() {
+            block.linears().into_iter().for_each(|(name, l)| add(format!("transformer_blocks.{i}.{name}"), l));
+        }
+        out.push(("txt_norm.weight".into(), self.txt_norm.clone()));
+        if let Some(table) = &self.time_text_embed.addition_t_embedding {
+            out.push(("time_text_embed.addition_t_embedding.weight".into(), table.clone()));
+        }
+        for (i, block) in self.transformer_blocks.iter().enumerate() {
+            let a = &block.attn;
+            let norms = [
+                ("norm_q", &a.norm_q),
+                ("norm_k", &a.norm_k),
+                ("norm_added_q", &a.norm_added_q),
+                ("norm_added_k", &a.norm_added_k),
+            ];
+            let name = |norm: &str| format!("transformer_blocks.{i}.attn.{norm}.weight");
+            out.extend(norms.map(|(norm, value)| (name(norm), value.clone())));
+        }
+        out
+    }
+}
