@@ -1,3 +1,10 @@
-//! LoRA adapters: which modules they attach to, their numbers, their files. Knows no particular network.
+//! LoRA adapters: which modules they adapt, their matrices, their files.
+//!
+//! This layer does not know Qwen-Image: the table of a model's linear layers is passed in.
 
+pub mod file;
+pub mod lora;
 pub mod target;
+
+pub use lora::{Init, LoraAdapter, LoraModule};
+pub use target::{LoraScaling, ModuleInfo, Target, TargetEntry, resolve_targets};
