@@ -7,4 +7,5 @@ pub mod data;
 pub mod error;
 pub mod io;
 pub mod kernels;
+pub mod progress;
 pub mod rng;

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 use image::RgbImage;
-use qwen_lora::data::{image as images, resample::cover_crop};
+use qwen_lora::data::{Dataset, image as images, resample::cover_crop};
 use qwen_lora::io::safetensors::MappedFile;
 use std::path::{Path, PathBuf};
 
@@ -81,4 +81,99 @@ fn a_cut_image_of_any_format_is_refused() {
             assert!(error.contains(name) && error.contains("hint"), "{error}");
         }
     }
+}
+
+/// A folder of small images, all different, with captions.
+fn folder(files: &[(&str, u32, u32, Option<&[u8]>)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (i, &(name, height, width, caption)) in files.iter().enumerate() {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        RgbImage::from_pixel(width, height, image::Rgb([i as u8; 3])).save(&path).unwrap();
+        if let Some(caption) = caption {
+            std::fs::write(path.with_extension("txt"), caption).unwrap();
+        }
+    }
+    dir
+}
+
+fn open_error(dir: &tempfile::TempDir, default: Option<&str>) -> String {
+    let error = Dataset::open(dir.path(), default, true).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "{error}");
+    error.to_string()
+}
+
+#[test]
+fn a_folder_is_indexed_with_its_captions() {
+    let dir = folder(&[
+        ("b.PNG", 16, 24, Some(b"\xEF\xBB\xBF  a red square \r\n")),
+        ("a/一.png", 8, 8, Some("夕阳下的少女，水彩风格\n".as_bytes())),
+        ("c.png", 4, 4, None),
+    ]);
+    std::fs::write(dir.path().join(".hidden.png"), b"").unwrap();
+    std::fs::write(dir.path().join("d.gif"), b"GIF89a").unwrap();
+    std::fs::copy(fixture("exif_6.jpg"), dir.path().join("e.jpeg")).unwrap();
+    let dataset = Dataset::open(dir.path(), Some("a picture"), true).unwrap();
+    let found: Vec<_> =
+        dataset.items().iter().map(|i| (i.path.as_str(), i.size.height, i.size.width, i.caption.as_str())).collect();
+    let expected = [
+        ("a/一.png", 8, 8, "夕阳下的少女，水彩风格"),
+        ("b.PNG", 16, 24, "a red square"),
+        ("c.png", 4, 4, "a picture"),
+        ("e.jpeg", 32, 16, "a picture"),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!(dataset.load(1).unwrap().dimensions(), (24, 16));
+    assert!(dataset.notices()[0].contains("d.gif"), "{:?}", dataset.notices());
+    let error = open_error(&dir, None);
+    assert!(error.starts_with("2 images without a caption") && error.contains("c.png, e.jpeg"), "{error}");
+}
+
+#[test]
+fn the_dataset_hash_is_of_content_not_of_names() {
+    let hash = |dir: &tempfile::TempDir| Dataset::open(dir.path(), None, true).unwrap().hash();
+    let one = folder(&[("a.png", 8, 8, Some(b"one")), ("b.png", 8, 8, Some(b"two"))]);
+    let before = hash(&one);
+    let rename = |from: &str, to: &str| {
+        for extension in ["png", "txt"] {
+            std::fs::rename(
+                one.path().join(format!("{from}.{extension}")),
+                one.path().join(format!("{to}.{extension}")),
+            )
+            .unwrap();
+        }
+    };
+    rename("a", "z");
+    assert_eq!(hash(&one), before);
+    std::fs::write(one.path().join("z.txt"), "two").unwrap();
+    std::fs::write(one.path().join("b.txt"), "one").unwrap();
+    assert_ne!(hash(&one), before, "swapped captions are another dataset");
+}
+
+#[test]
+fn bad_datasets_get_one_error_that_names_the_file() {
+    let empty = tempfile::tempdir().unwrap();
+    assert!(open_error(&empty, None).starts_with("no images in"));
+    std::fs::write(empty.path().join("a.heic"), b"x").unwrap();
+    assert!(open_error(&empty, None).contains("heic is not read"));
+
+    let captions = folder(&[("a.png", 8, 8, Some(b"fine\nthen \xC4\xE3")), ("b.png", 8, 8, Some(b"fine"))]);
+    let error = open_error(&captions, None);
+    assert!(error.contains("a.txt` is not UTF-8\n  at byte offset 10 (line 2) stands 0xC4"), "{error}");
+
+    let broken = folder(&[("a.png", 8, 8, Some(b"x")), ("b.png", 8, 8, Some(b"x")), ("c.png", 8, 8, Some(b"x"))]);
+    std::fs::write(broken.path().join("b.png"), b"").unwrap();
+    std::fs::write(broken.path().join("c.png"), b"\x89PNG\r\n\x1a\nrest").unwrap();
+    let error = open_error(&broken, None);
+    assert!(error.starts_with("cannot read the image"), "{error}");
+    assert!(error.contains("b.png`\n  the file is empty\n  also: cannot read the image") && error.contains("c.png"));
+
+    // The header of a cut image is whole: the fault shows when the pixels are read.
+    let cut = folder(&[("a.png", 8, 8, Some(b"x"))]);
+    let whole = std::fs::read(fixture("alpha.png")).unwrap();
+    std::fs::write(cut.path().join("a.png"), &whole[..whole.len() / 2]).unwrap();
+    let dataset = Dataset::open(cut.path(), None, true).unwrap();
+    assert!(dataset.load(0).unwrap_err().to_string().contains("a.png"));
+    std::fs::write(cut.path().join("a.png"), &whole).unwrap();
+    assert!(dataset.load(0).unwrap_err().to_string().contains("was changed"));
 }

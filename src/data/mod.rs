@@ -1,4 +1,8 @@
-//! Captioned images on disk, aspect-ratio buckets, the order of training, and batches. Knows nothing of models.
 
+pub mod dataset;
+pub mod files;
 pub mod image;
 pub mod resample;
+
+pub use dataset::{Dataset, Item};
+pub use image::Size;
