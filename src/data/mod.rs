@@ -1,8 +1,11 @@
+//! Captioned images on disk, aspect-ratio buckets, the order of training, and batches. Knows nothing of models.
 
+pub mod bucket;
 pub mod dataset;
 pub mod files;
 pub mod image;
 pub mod resample;
 
+pub use bucket::{Bucket, Buckets};
 pub use dataset::{Dataset, Item};
 pub use image::Size;
