@@ -1,8 +1,10 @@
-//! Files: safetensors in and out, atomic writes.
+//! Files: safetensors in and out, JSON configs, atomic writes.
 
 pub mod atomic;
+pub mod json;
 pub mod safetensors;
 pub mod weights;
 
 pub use atomic::write_atomic;
+pub use json::JsonObject;
 pub use weights::Weights;

@@ -1,3 +1,5 @@
 //! The networks of the Qwen-Image family. Field names are the checkpoint's names.
 
+pub mod text_encoder;
 pub mod transformer;
+pub mod vae;
