@@ -5,6 +5,7 @@
 
 pub mod adapters;
 pub mod error;
+pub mod flow;
 pub mod io;
 pub mod kernels;
 pub mod model;
