@@ -9,4 +9,5 @@ pub mod flow;
 pub mod io;
 pub mod kernels;
 pub mod model;
+pub mod prompt;
 pub mod rng;
