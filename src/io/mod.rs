@@ -1,6 +1,8 @@
-//! Files: safetensors in and out, JSON configs, atomic writes.
+//! Files: safetensors in and out, JSON configs, atomic writes, models from the hub.
 
 pub mod atomic;
+pub mod disk;
+pub mod hub;
 pub mod json;
 pub mod safetensors;
 pub mod weights;
