@@ -5,6 +5,7 @@
 
 pub mod adapters;
 pub mod error;
+pub mod flow;
 pub mod io;
 pub mod kernels;
 pub mod model;
@@ -13,4 +14,5 @@ pub mod error;
 pub mod io;
 pub mod kernels;
 pub mod progress;
+pub mod prompt;
 pub mod rng;

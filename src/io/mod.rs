@@ -1,8 +1,12 @@
-//! Files: safetensors in and out, atomic writes.
+//! Files: safetensors in and out, JSON configs, atomic writes, models from the hub.
 
 pub mod atomic;
+pub mod disk;
+pub mod hub;
+pub mod json;
 pub mod safetensors;
 pub mod weights;
 
 pub use atomic::write_atomic;
+pub use json::JsonObject;
 pub use weights::Weights;

@@ -32,12 +32,6 @@ impl MappedFile {
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e).into_usage())?;
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| bad_header(path, &map, e))?;
         let data_start = header_len + 8;
-        let expected = data_start + header.tensors().values().map(|t| t.data_offsets.1).max().unwrap_or(0);
-        if map.len() != expected {
-            return Err(Error::usage(format!("`{}` is truncated or corrupt", path.display()))
-                .expected(format!("{expected} bytes, as its header says"), format!("{} bytes", map.len()))
-                .hint("download or copy the file again"));
-        }
         Ok(Self { path: path.into(), map, data_start, header })
     }
 
@@ -106,7 +100,13 @@ impl MappedFile {
 }
 
 fn bad_header(path: &Path, map: &[u8], e: safetensors::SafeTensorError) -> Error {
-    let error = Error::usage(format!("`{}` is not a whole safetensors file", path.display())).detail(e.to_string());
+    let error = Error::usage(format!("`{}` is not a whole safetensors file", path.display()));
+    let error = match (&e, declared_length(map)) {
+        (safetensors::SafeTensorError::MetadataIncompleteBuffer, Some(length)) => {
+            error.expected(format!("{length} bytes, as its header says"), format!("{} bytes", map.len()))
+        }
+        _ => error.detail(e.to_string()),
+    };
     let hint = if map.is_empty() {
         "the file is empty: download or copy it again"
     } else if map.starts_with(b"version https://git-lfs") {
@@ -119,6 +119,15 @@ fn bad_header(path: &Path, map: &[u8], e: safetensors::SafeTensorError) -> Error
         "the file is truncated or corrupt: download or copy it again"
     };
     error.hint(hint)
+}
+
+/// The file length that a readable header asks for.
+fn declared_length(map: &[u8]) -> Option<u64> {
+    let header_length = u64::from_le_bytes(map.get(..8)?.try_into().expect("8 bytes"));
+    let end = usize::try_from(header_length).ok()?.checked_add(8)?;
+    let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(map.get(8..end)?).ok()?;
+    let ends = header.values().filter_map(|t| t.get("data_offsets")?.get(1)?.as_u64());
+    Some(8 + header_length + ends.max().unwrap_or(0))
 }
 
 /// Bytes of `stored` type as a CPU tensor of `dtype`; `Err` describes the type that does not convert.
@@ -252,7 +261,11 @@ mod tests {
         for len in [0, 4, 40, whole.len() - 1] {
             std::fs::write(&path, &whole[..len]).unwrap();
             let error = MappedFile::open(&path).err().expect("a cut file must not open").to_string();
-            assert!(error.contains("t.safetensors"), "{error}");
+            assert!(error.contains("t.safetensors") && error.contains("\nhint: "), "{error}");
+            if len > 40 {
+                let lengths = format!("expected {} bytes, as its header says, found {len} bytes", whole.len());
+                assert!(error.contains(&lengths), "{error}");
+            }
         }
     }
 }

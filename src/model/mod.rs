@@ -1,3 +1,6 @@
 //! The networks of the Qwen-Image family. Field names are the checkpoint's names.
 
+pub mod text_encoder;
+pub mod tokenizer;
 pub mod transformer;
+pub mod vae;

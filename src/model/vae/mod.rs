@@ -1,0 +1,5 @@
+//! The image autoencoder, `AutoencoderKLQwenImage`.
+
+mod config;
+
+pub use config::VaeConfig;
