@@ -4,15 +4,12 @@
 //! `adapters`, `flow`, `prompt` -> `kernels`, `io`, `config`, `rng`, `error`.
 
 pub mod adapters;
+pub mod data;
 pub mod error;
 pub mod flow;
 pub mod io;
 pub mod kernels;
 pub mod model;
-pub mod data;
-pub mod error;
-pub mod io;
-pub mod kernels;
 pub mod progress;
 pub mod prompt;
 pub mod rng;
