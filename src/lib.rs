@@ -13,3 +13,4 @@ pub mod model;
 pub mod progress;
 pub mod prompt;
 pub mod rng;
+pub mod train;

@@ -55,8 +55,8 @@ pub fn sum_over(n: usize, f: impl Fn(usize) -> f32) -> f32 {
         }
         i += LANES;
     }
-    for l in 0..n - whole {
-        lanes[l] += f(whole + l);
+    for (l, lane) in lanes.iter_mut().enumerate().take(n - whole) {
+        *lane += f(whole + l);
     }
     let mut width = LANES / 2;
     while width > 0 {

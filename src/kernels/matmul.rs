@@ -109,7 +109,7 @@ pub fn gemm(out: MatMut, mode: Into, a: Mat, b: Mat, scale: f32) {
     });
 }
 
-/// [`gemm`] on the calling thread, for products inside a parallel loop.
+/// [`gemm()`] on the calling thread, for products inside a parallel loop.
 pub fn gemm_one_thread(out: MatMut, mode: Into, a: Mat, b: Mat, scale: f32) {
     check(&out, a, b);
     let pointer = Pointer(out.data.as_mut_ptr());

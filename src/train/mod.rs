@@ -1,0 +1,4 @@
+//! Training: what is trained, one step, the run.
+
+pub mod step;
+pub mod trainable;

@@ -1,0 +1,83 @@
+//! The parameters that a run trains: an adapter's matrices, or every weight of the transformer.
+
+use crate::adapters::{LoraAdapter, LoraModule};
+use crate::error::{Error, Result};
+use crate::kernels::linear::Lora;
+use crate::kernels::{Gradients, Value};
+use crate::model::transformer::QwenImageTransformer;
+use candle_core::Tensor;
+
+/// What an adapter module is beside its two matrices.
+struct Module {
+    name: String,
+    alpha: f64,
+    scale: f64,
+}
+
+/// Named leaves of the tape, in a fixed order. Their storage is shared with the network, so that an optimizer that
+/// writes into it in place trains the network.
+pub struct Trainable {
+    names: Vec<String>,
+    leaves: Vec<Value>,
+    modules: Vec<Module>,
+}
+
+impl Trainable {
+    /// Puts `adapter` on the network's linears and trains its matrices: `<module>.lora_A.weight` and `.lora_B.weight`,
+    /// modules in name order.
+    ///
+    /// Errors: a module that the network does not have.
+    pub fn attach(model: &mut QwenImageTransformer, adapter: &LoraAdapter) -> Result<Self> {
+        let mut trainable = Self { names: Vec::new(), leaves: Vec::new(), modules: Vec::new() };
+        for (name, module) in &adapter.modules {
+            // Own storage: training must not write into the tensors of the caller.
+            let [a, b] = [&module.a, &module.b].map(|t| t.copy().map(Value::leaf));
+            let lora = Lora { a: a?, b: b?, scale: module.scale };
+            trainable.names.extend([format!("{name}.lora_A.weight"), format!("{name}.lora_B.weight")]);
+            trainable.leaves.extend([lora.a.clone(), lora.b.clone()]);
+            trainable.modules.push(Module { name: name.clone(), alpha: module.alpha, scale: module.scale });
+            if !model.set_adapter(name, Some(lora)) {
+                return Err(Error::usage(format!("the adapter has a module `{name}` that the model does not have"))
+                    .hint("was it trained on another model?"));
+            }
+        }
+        Ok(trainable)
+    }
+
+    /// Trains every base weight of a network that was loaded with [`BaseWeights::Trained`].
+    ///
+    /// [`BaseWeights::Trained`]: crate::model::transformer::BaseWeights::Trained
+    pub fn all_weights(model: &QwenImageTransformer) -> Self {
+        let (names, leaves) = model.parameters().into_iter().unzip();
+        Self { names, leaves, modules: Vec::new() }
+    }
+
+    /// Names, in order.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The leaves, in the order of [`Self::names`].
+    pub fn leaves(&self) -> &[Value] {
+        &self.leaves
+    }
+
+    /// Number of trained numbers.
+    pub fn num_params(&self) -> usize {
+        self.leaves.iter().map(|v| v.tensor().elem_count()).sum()
+    }
+
+    /// Takes the gradients of the leaves, in order; `None` where nothing flowed.
+    pub fn take_gradients(&self, gradients: &mut Gradients) -> Vec<Option<Tensor>> {
+        self.leaves.iter().map(|leaf| gradients.take(leaf)).collect()
+    }
+
+    /// The adapter as it stands. The tensors share storage with the ones in training.
+    pub fn adapter(&self) -> LoraAdapter {
+        let module = |(m, pair): (&Module, &[Value])| {
+            let [a, b] = [0, 1].map(|i| pair[i].tensor().clone());
+            (m.name.clone(), LoraModule { a, b, alpha: m.alpha, scale: m.scale })
+        };
+        LoraAdapter { modules: self.modules.iter().zip(self.leaves.chunks_exact(2)).map(module).collect() }
+    }
+}
