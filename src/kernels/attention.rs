@@ -124,8 +124,11 @@ impl Dims {
     }
 }
 
-/// Text and image outputs, and the log-sum-exp of every query row: per (sample, head), text rows then image rows.
-fn forward(tensors: &[Tensor; 6], dims: &Dims) -> Result<([Vec<f32>; 2], Vec<Vec<f32>>)> {
+/// The log-sum-exp of every query row: per (sample, head), text rows then image rows.
+type LogSums = Vec<Vec<f32>>;
+
+/// Text and image outputs.
+fn forward(tensors: &[Tensor; 6], dims: &Dims) -> Result<([Vec<f32>; 2], LogSums)> {
     let [qt, kt, vt, qi, ki, vi] = tensors;
     let queries = [view(qt)?, view(qi)?];
     let (kt, vt, ki, vi) = (view(kt)?, view(vt)?, view(ki)?, view(vi)?);
@@ -176,7 +179,7 @@ fn exponentiate(row: &mut [f32], log_sums: &mut Vec<f32>) -> f32 {
 fn backward(
     tensors: &[Tensor; 6],
     outputs: &[Tensor],
-    log_sums: &[Vec<f32>],
+    log_sums: &LogSums,
     grads: Vec<Option<Tensor>>,
     dims: &Dims,
 ) -> Result<Vec<Option<Tensor>>> {

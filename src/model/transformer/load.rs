@@ -6,7 +6,8 @@ use crate::error::Result;
 use crate::io::Weights;
 use crate::kernels::Value;
 use crate::kernels::linear::{Linear, Lora};
-use candle_core::{DType, Device};
+use crate::rng::{Purpose, Stream};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
@@ -41,9 +42,38 @@ impl QwenImageTransformer {
         base: BaseWeights,
     ) -> Result<Self> {
         weights.check(&config.tensors(), may_ignore)?;
+        Self::build(config, dtype, device, base, |name, shape| weights.get(name, shape, dtype, device))
+    }
+
+    /// A network of random weights, for benchmarks: normal with variance 1 / inputs, norm weights one, biases zero.
+    pub fn random(
+        config: TransformerConfig,
+        seed: u64,
+        dtype: DType,
+        device: &Device,
+        base: BaseWeights,
+    ) -> Result<Self> {
+        Self::build(config, dtype, device, base, |name, shape| {
+            let n: usize = shape.iter().product();
+            let values = match shape {
+                [_, inputs] => Stream::named(seed, name, Purpose::Bench).normals(n, 1.0 / (*inputs as f64).sqrt()),
+                _ if name.contains("norm") && name.ends_with("weight") => vec![1.0; n],
+                _ => vec![0.0; n],
+            };
+            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+        })
+    }
+
+    fn build(
+        config: TransformerConfig,
+        dtype: DType,
+        device: &Device,
+        base: BaseWeights,
+        tensor: impl Fn(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Self> {
         let shapes: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
         let value = |name: &str| -> Result<Value> {
-            let tensor = weights.get(name, &shapes[name], dtype, device)?;
+            let tensor = tensor(name, &shapes[name])?;
             Ok(match base {
                 BaseWeights::Frozen => Value::constant(tensor),
                 BaseWeights::Trained => Value::leaf(tensor),
