@@ -1,0 +1,98 @@
+//! `metrics.jsonl`: one JSON object a line, for every step and every held-out measurement.
+
+use crate::error::{Error, Result};
+use crate::io::write_atomic;
+use serde::Serialize;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+/// What one step did.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepMetrics {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Epoch of the step's first batch, from 0.
+    pub epoch: u64,
+    /// Weighted mean squared error, averaged over the step's batches.
+    pub loss: f64,
+    /// Learning rate of the update.
+    pub lr: f64,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Mean noise level of the step's samples.
+    pub sigma_mean: f64,
+    /// Samples in the step.
+    pub samples: usize,
+    /// How many of them were trained without their caption.
+    pub captions_dropped: usize,
+    /// Seconds that the step took.
+    pub step_s: f64,
+}
+
+/// A measurement of the held-out loss.
+#[derive(Clone, Debug, Serialize)]
+pub struct HeldOutMetrics {
+    /// Steps done before the measurement.
+    pub step: u64,
+    /// Mean loss over held-out images and noise levels.
+    pub held_out_loss: f64,
+    /// Mean loss at each of the fixed noise levels, lowest quantile first.
+    pub held_out_by_sigma: Vec<f64>,
+}
+
+/// Appends lines to the file.
+pub struct MetricsFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsFile {
+    /// Opens the file for appending, without the lines of steps after `step` and without a half-written last line.
+    pub fn open(path: &Path, step: u64) -> Result<Self> {
+        let mut text = String::new();
+        match File::open(path) {
+            Ok(mut file) => {
+                file.read_to_string(&mut text).map_err(|e| Error::io("read", path, e))?;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io("open", path, e)),
+        }
+        let kept: String = text.split_inclusive('\n').filter(|line| line.ends_with('\n') && step_of(line) <= Some(step)).collect();
+        if kept != text || text.is_empty() {
+            write_atomic(path, |file| file.write_all(kept.as_bytes()))?;
+        }
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
+        Ok(Self { path: path.into(), file })
+    }
+
+    /// Adds one line.
+    pub fn log(&mut self, metrics: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_string(metrics).expect("metrics are plain numbers");
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(|e| Error::io("write", &self.path, e))
+    }
+}
+
+/// The step of a line; none for a line that is not ours, which is kept.
+fn step_of(line: &str) -> Option<u64> {
+    serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resuming_cuts_later_and_broken_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        std::fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"ste").unwrap();
+        let mut metrics = MetricsFile::open(&path, 2).unwrap();
+        metrics.log(&HeldOutMetrics { step: 2, held_out_loss: 0.5, held_out_by_sigma: vec![0.5] }).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            "{\"step\":1}\n{\"step\":2}\n{\"step\":2,\"held_out_loss\":0.5,\"held_out_by_sigma\":[0.5]}\n"
+        );
+    }
+}
