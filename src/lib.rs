@@ -4,6 +4,7 @@
 //! `adapters`, `flow`, `prompt` -> `kernels`, `io`, `config`, `rng`, `error`.
 
 pub mod adapters;
+pub mod cache;
 pub mod data;
 pub mod error;
 pub mod flow;

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::progress;
 use ::image::RgbImage;
 use rayon::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// An index of the images in a folder, made by [`Dataset::open`].
@@ -107,6 +107,13 @@ impl Dataset {
     /// What the user may want to know: skipped and identical images, empty captions, captions without image.
     pub fn notices(&self) -> &[String] {
         &self.notices
+    }
+
+    /// All distinct captions, sorted; the empty one, which dropped captions become, always among them.
+    pub fn captions(&self) -> Vec<&str> {
+        let mut captions = BTreeSet::from([""]);
+        captions.extend(self.items.iter().map(|i| i.caption.as_str()));
+        captions.into_iter().collect()
     }
 
     /// Identity of the images and captions, whatever their names and order: the hex hash of all pairs of image hash

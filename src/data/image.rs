@@ -8,6 +8,10 @@ use rayon::prelude::*;
 use std::io::Cursor;
 use std::path::Path;
 
+/// Raised when the pixels that come out of [`decode`] or of [`cover_crop`](super::resample::cover_crop) change for
+/// some file, so that cached latents are computed anew.
+pub const PIXELS_VERSION: u32 = 1;
+
 /// Height and width of an image in pixels, as it is seen: after the EXIF orientation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {

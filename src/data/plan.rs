@@ -124,6 +124,20 @@ impl Plan {
         &self.held_out
     }
 
+    /// The held-out samples in batches of one bucket each, in a fixed order and with their captions. Their `step` counts
+    /// them, `epoch` is 0.
+    pub fn held_out_batches(&self) -> Vec<PlannedBatch> {
+        let of_one_bucket = self.held_out.chunk_by(|a, b| a.bucket == b.bucket);
+        let chunks = of_one_bucket.flat_map(|samples| samples.chunks(self.settings.batch_size));
+        let batch = |(step, samples): (usize, &[Sample])| PlannedBatch {
+            step: step as u64,
+            epoch: 0,
+            bucket: samples[0].bucket,
+            items: samples.iter().map(|s| PlannedItem { item: s.item, caption_dropped: false }).collect(),
+        };
+        chunks.enumerate().map(batch).collect()
+    }
+
     /// The samples that are trained on, sorted.
     pub fn training(&self) -> impl Iterator<Item = Sample> {
         self.groups.iter().flat_map(|&(bucket, ref items)| items.iter().map(move |&item| Sample { bucket, item }))
@@ -220,6 +234,10 @@ mod tests {
         assert_eq!(trained.len(), 18);
         assert!(trained.is_disjoint(&held_out));
         assert_eq!(plan.training().count(), 36);
+        let batches = plan.held_out_batches();
+        assert!(batches.iter().all(|b| (1..=4).contains(&b.items.len())));
+        let batched = batches.iter().flat_map(|b| b.items.iter().map(|i| Sample { bucket: b.bucket, item: i.item }));
+        assert_eq!(batched.collect::<Vec<_>>(), plan.held_out());
         let more = Plan::new(&samples(), PlanSettings { held_out: 5, batch_size: 1, ..SETTINGS }).unwrap();
         assert_eq!(more.held_out(), plan.held_out(), "the split depends on the seed alone");
     }

@@ -1,0 +1,13 @@
+//! What the frozen networks computed once: prompt embeddings and latents, kept on disk by content.
+
+pub mod fill;
+pub mod fingerprint;
+pub mod key;
+pub mod source;
+pub mod store;
+
+pub use fill::{FillOptions, Filled, fill};
+pub use fingerprint::fingerprint;
+pub use key::Key;
+pub use source::{CachedSamples, LATENTS, PROMPT_EMBEDS};
+pub use store::{Entry, Store};
