@@ -1,13 +1,13 @@
 //! Building the transformer from its files, and reaching its linears by name.
 
 use super::block::{Attention, Block, FeedForward};
-use super::{QwenImageTransformer, TimeTextEmbed, TransformerConfig};
+use super::{Precision, QwenImageTransformer, TimeTextEmbed, TransformerConfig};
 use crate::error::Result;
 use crate::io::Weights;
 use crate::kernels::Value;
 use crate::kernels::linear::{Linear, Lora};
 use crate::rng::{Purpose, Stream};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
@@ -28,45 +28,45 @@ fn may_ignore(name: &str) -> bool {
 
 impl QwenImageTransformer {
     /// Loads a folder with `config.json` and safetensors. Names and shapes are checked before any data is read.
-    pub fn load(folder: &Path, dtype: DType, device: &Device, base: BaseWeights) -> Result<Self> {
+    pub fn load(folder: &Path, precision: Precision, device: &Device, base: BaseWeights) -> Result<Self> {
         let config = TransformerConfig::from_file(&folder.join("config.json"))?;
-        Self::from_weights(config, &Weights::open_folder(folder)?, dtype, device, base)
+        Self::from_weights(config, &Weights::open_folder(folder)?, precision, device, base)
     }
 
     /// Builds the network from weights that fit `config`.
     pub fn from_weights(
         config: TransformerConfig,
         weights: &Weights,
-        dtype: DType,
+        precision: Precision,
         device: &Device,
         base: BaseWeights,
     ) -> Result<Self> {
         weights.check(&config.tensors(), may_ignore)?;
-        Self::build(config, dtype, device, base, |name, shape| weights.get(name, shape, dtype, device))
+        Self::build(config, precision, device, base, |name, shape| weights.get(name, shape, precision.weights, device))
     }
 
     /// A network of random weights, for benchmarks: normal with variance 1 / inputs, norm weights one, biases zero.
     pub fn random(
         config: TransformerConfig,
         seed: u64,
-        dtype: DType,
+        precision: Precision,
         device: &Device,
         base: BaseWeights,
     ) -> Result<Self> {
-        Self::build(config, dtype, device, base, |name, shape| {
+        Self::build(config, precision, device, base, |name, shape| {
             let n: usize = shape.iter().product();
             let values = match shape {
                 [_, inputs] => Stream::named(seed, name, Purpose::Bench).normals(n, 1.0 / (*inputs as f64).sqrt()),
                 _ if name.contains("norm") && name.ends_with("weight") => vec![1.0; n],
                 _ => vec![0.0; n],
             };
-            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(precision.weights)?.to_device(device)?)
         })
     }
 
     fn build(
         config: TransformerConfig,
-        dtype: DType,
+        precision: Precision,
         device: &Device,
         base: BaseWeights,
         tensor: impl Fn(&str, &[usize]) -> Result<Tensor>,
@@ -112,7 +112,7 @@ impl QwenImageTransformer {
         };
         let addition = "time_text_embed.addition_t_embedding.weight";
         Ok(Self {
-            dtype,
+            precision,
             device: device.clone(),
             img_in: linear("img_in")?,
             txt_norm: value("txt_norm.weight")?,

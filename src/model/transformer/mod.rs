@@ -39,12 +39,28 @@ pub enum Checkpointing {
     Full,
 }
 
+/// In what types a network is held and run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precision {
+    /// Type of the base weights in memory: f32 or bf16.
+    pub weights: DType,
+    /// Type of activations: f32 or bf16. Adapters are f32 in any case.
+    pub compute: DType,
+}
+
+impl Precision {
+    /// One type for both.
+    pub fn uniform(dtype: DType) -> Self {
+        Self { weights: dtype, compute: dtype }
+    }
+}
+
 /// `QwenImageTransformer2DModel`.
 ///
 /// Source: <https://github.com/huggingface/diffusers/blob/v0.35.1/src/diffusers/models/transformers/transformer_qwenimage.py#L417>
 pub struct QwenImageTransformer {
     config: TransformerConfig,
-    dtype: DType,
+    precision: Precision,
     device: Device,
     img_in: Linear,
     txt_norm: Value,
@@ -85,9 +101,9 @@ impl QwenImageTransformer {
         &self.config
     }
 
-    /// The dtype of weights and activations.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    /// The types of weights and activations.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The velocity prediction `noise - latents` for every image token: (B, S_img, patch^2 * out_channels).
@@ -108,21 +124,20 @@ impl QwenImageTransformer {
     ) -> Result<Value> {
         self.check(&inputs)?;
         let batch = inputs.timesteps.len();
-        let cast =
-            |t: &Tensor| -> Result<Value> { Ok(Value::constant(t.to_dtype(self.dtype)?.to_device(&self.device)?)) };
+        let compute = self.precision.compute;
+        let cast = |t: &Tensor| -> Result<Value> { Ok(Value::constant(t.to_dtype(compute)?.to_device(&self.device)?)) };
         let mut img = self.img_in.forward(&cast(inputs.hidden_states)?)?; // (B, S_img, D)
         let txt = rms_norm(&cast(inputs.encoder_hidden_states)?, &self.txt_norm, EPS)?;
         let mut txt = self.txt_in.forward(&txt)?; // (B, S_txt, D)
 
-        let temb =
-            self.time_text_embed.forward(inputs.timesteps, inputs.additional_t_cond, self.dtype, &self.device)?; // (B, D)
+        let temb = self.time_text_embed.forward(inputs.timesteps, inputs.additional_t_cond, compute, &self.device)?; // (B, D)
         let is_condition = condition_tokens(&self.config, inputs.image_shapes);
         let (temb_img, rows_img) = match is_condition {
             None => (temb.clone(), TokenRows::per_sample(batch, img.dims()[1])),
             Some(flags) => {
                 let times: Vec<f32> = inputs.timesteps.iter().copied().chain(std::iter::repeat_n(0.0, batch)).collect();
                 let conditions = inputs.additional_t_cond.map(|c| [c, c].concat());
-                let both = self.time_text_embed.forward(&times, conditions.as_deref(), self.dtype, &self.device)?;
+                let both = self.time_text_embed.forward(&times, conditions.as_deref(), compute, &self.device)?;
                 (both, TokenRows::with_conditions(batch, flags)) // (2 B, D)
             }
         };
