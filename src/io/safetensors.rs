@@ -84,6 +84,26 @@ impl MappedFile {
         Ok(tensor.to_device(device)?)
     }
 
+    /// Some rows of a matrix, in the given order, as a CPU tensor of `dtype`; the rest is not read.
+    ///
+    /// Errors: not a matrix, a row that it does not have, a dtype that does not convert.
+    pub fn rows(&self, name: &str, rows: &[usize], dtype: DType) -> Result<Tensor> {
+        let bytes = self.bytes(name)?;
+        let (stored, shape) = self.info(name).expect("bytes() found it");
+        let bad = |expected: String, found: String| {
+            Error::usage(format!("cannot load rows of `{name}` from `{}`", self.path.display()))
+                .expected(expected, found)
+        };
+        let &[height, width] = shape else { return Err(bad("a matrix".into(), format!("shape {shape:?}"))) };
+        if let Some(row) = rows.iter().find(|&&r| r >= height) {
+            return Err(bad(format!("rows below {height}"), format!("row {row}")));
+        }
+        let row_bytes = bytes.len() / height.max(1);
+        let gathered: Vec<u8> = rows.iter().flat_map(|r| &bytes[r * row_bytes..(r + 1) * row_bytes]).copied().collect();
+        decode(&gathered, stored, &[rows.len(), width], dtype)
+            .map_err(|found| bad(format!("a dtype that converts to {}", dtype.as_str()), found))
+    }
+
     fn release(&self, bytes: &[u8]) {
         #[cfg(unix)]
         {
@@ -249,6 +269,10 @@ mod tests {
         let back = file.tensor("x", DType::F32, &Device::Cpu).unwrap();
         assert_eq!(back.to_vec2::<f32>().unwrap(), x.to_vec2::<f32>().unwrap());
         assert_eq!(file.tensor("ids", DType::I64, &Device::Cpu).unwrap().to_vec1::<i64>().unwrap(), [7, 8]);
+        let rows = file.rows("x", &[1, 0, 1], DType::F32).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(rows, [[3.25, 1e-8], [1.0, -2.5], [3.25, 1e-8]]);
+        assert!(file.rows("x", &[2], DType::F32).unwrap_err().to_string().contains("found row 2"));
+        assert!(file.rows("ids", &[0], DType::I64).is_err());
     }
 
     #[test]

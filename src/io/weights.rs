@@ -160,6 +160,14 @@ impl Weights {
         self.files[self.file_of[name]].tensor(name, dtype, device)
     }
 
+    /// Some rows of a matrix of the given shape, as a CPU tensor of `dtype`; the rest of it is not read.
+    ///
+    /// Errors: as [`get`](Self::get), and a row that the matrix does not have.
+    pub fn rows(&self, name: &str, shape: &[usize], rows: &[usize], dtype: DType) -> Result<Tensor> {
+        self.check_one(name, shape, &[])?;
+        self.files[self.file_of[name]].rows(name, rows, dtype)
+    }
+
     /// Checks, from the headers alone, that every tensor in `expected` is there with its shape, and that nothing
     /// else is, unless `may_ignore` says so of its name.
     pub fn check(&self, expected: &[(String, Vec<usize>)], may_ignore: impl Fn(&str) -> bool) -> Result<()> {

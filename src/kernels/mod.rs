@@ -6,21 +6,23 @@
 
 pub mod attention;
 pub mod basic;
+pub mod causal_attention;
 pub mod channel_norm;
 pub mod checkpoint;
 pub mod conv;
 pub mod cpu;
-pub mod elementwise;
 pub mod linear;
 pub mod math;
 pub mod matmul;
 pub mod modulation;
 pub mod norm;
+pub mod pixels;
 pub mod rope;
 pub mod spatial_attention;
 pub mod tape;
 #[cfg(test)]
 pub(crate) mod testing;
+mod tiles;
 pub mod upsample;
 
 pub use tape::{Gradients, Value, backward, no_grad};

@@ -8,6 +8,7 @@ use crate::kernels::cpu::{self, uninit, view};
 use crate::kernels::math::{dot, exp, max, sum_over, vectorized};
 use crate::kernels::matmul::{Into, Mat, MatMut, gemm_one_thread};
 use crate::kernels::tape::{Value, record1};
+use crate::kernels::tiles::{cut, tiles};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
@@ -24,12 +25,12 @@ pub fn spatial_attention(qkv: &Value) -> Result<Value> {
     let xs = view(qkv.tensor())?;
     let mut out = uninit(b * n * c);
     let mut log_sums = vec![0f32; b * n];
-    let tiles = tiles(b, n);
+    let tiles = tiles(&vec![n; b], TILE);
     cut(&mut out, &tiles, c).into_par_iter().zip(cut(&mut log_sums, &tiles, 1)).zip(&tiles).for_each_init(
         Vec::new,
         |scores, ((out, log_sums), tile)| {
             let m = tile.rows;
-            let image = Image { qkv: &xs[tile.image * n * width..][..n * width], n, c };
+            let image = Image { qkv: &xs[tile.first * width..][..n * width], n, c };
             scores.resize(m * n, 0.0);
             let queries = image.part(0, tile.start, m);
             gemm_one_thread(MatMut::new(scores, m, n), Into::Overwrite, queries, image.part(1, 0, n).t(), scale);
@@ -64,10 +65,10 @@ fn backward(qkv: &Tensor, y: &Tensor, grad: &Tensor, log_sums: &[f32]) -> Result
         *delta = vectorized(|| dot(&ys[i * c..(i + 1) * c], &dys[i * c..(i + 1) * c]));
     });
     let mut dx = uninit(xs.len());
-    let tiles = tiles(b, n);
+    let tiles = tiles(&vec![n; b], TILE);
     cut(&mut dx, &tiles, width).into_par_iter().zip(&tiles).for_each_init(Default::default, |scratch, (dx, tile)| {
         let (p, dp): &mut (Vec<f32>, Vec<f32>) = scratch;
-        let (start, m, first) = (tile.start, tile.rows, tile.image * n);
+        let (start, m, first) = (tile.start, tile.rows, tile.first);
         let image = Image { qkv: &xs[first * width..][..n * width], n, c };
         let dy = Mat::new(&dys[first * c..][..n * c], n, c);
         let dy_rows = Mat::new(&dys[(first + start) * c..][..m * c], m, c);
@@ -102,29 +103,6 @@ fn backward(qkv: &Tensor, y: &Tensor, grad: &Tensor, log_sums: &[f32]) -> Result
         gemm_one_thread(dv, Into::Overwrite, Mat::new(p, m, n), dy, 1.0);
     });
     cpu::from_f32(dx, (b, n, width), grad.dtype())
-}
-
-/// A few consecutive pixels of one image of the batch.
-struct Tile {
-    image: usize,
-    start: usize,
-    rows: usize,
-}
-
-fn tiles(b: usize, n: usize) -> Vec<Tile> {
-    let of_image = |image| (0..n).step_by(TILE).map(move |start| Tile { image, start, rows: TILE.min(n - start) });
-    (0..b).flat_map(of_image).collect()
-}
-
-/// Cuts rows of `width` into the parts that belong to the tiles.
-fn cut<'a>(mut rows: &'a mut [f32], tiles: &[Tile], width: usize) -> Vec<&'a mut [f32]> {
-    let mut parts = Vec::with_capacity(tiles.len());
-    for tile in tiles {
-        let (part, rest) = rows.split_at_mut(tile.rows * width);
-        parts.push(part);
-        rows = rest;
-    }
-    parts
 }
 
 /// Queries, keys and values of one image.

@@ -34,7 +34,7 @@ impl PromptTokenizer {
     /// tokens of `tokenizer_config.json` or `added_tokens.json`.
     ///
     /// Errors: no tokenizer files, a corrupt one, two sources that give an added token different ids.
-    pub fn from_folder(folder: &Path) -> Result<Self> {
+    pub fn load(folder: &Path) -> Result<Self> {
         let (fast, vocab) = (folder.join("tokenizer.json"), folder.join("vocab.json"));
         let mut tokenizer = if fast.is_file() {
             Tokenizer::from_file(&fast).map_err(|e| {
@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn the_published_tokenizer_gives_the_recorded_ids() {
         let dir = fast_folder();
-        let tokenizer = PromptTokenizer::from_folder(dir.path()).unwrap();
+        let tokenizer = PromptTokenizer::load(dir.path()).unwrap();
         assert_eq!(tokenizer.vocab_size(), 151_665);
         assert_eq!(tokenizer.encode(TEXT_TO_IMAGE.prefix).unwrap(), PREFIX);
         assert_eq!(tokenizer.num_prefix_tokens(&TEXT_TO_IMAGE).unwrap(), 34);
@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn a_long_caption_is_cut_behind_the_prefix() {
         let dir = fast_folder();
-        let tokenizer = PromptTokenizer::from_folder(dir.path()).unwrap();
+        let tokenizer = PromptTokenizer::load(dir.path()).unwrap();
         let ids = tokenizer.encode_prompt(&TEXT_TO_IMAGE, &"cat ".repeat(3000)).unwrap();
         assert_eq!(ids.len(), 34 + MAX_PROMPT_TOKENS);
         assert_eq!(ids[..34], PREFIX);
@@ -257,8 +257,8 @@ mod tests {
     #[test]
     fn vocab_and_merges_give_the_ids_of_tokenizer_json() {
         let (fast, slow) = (fast_folder(), slow_folder());
-        let fast = PromptTokenizer::from_folder(fast.path()).unwrap();
-        let slow_tokenizer = PromptTokenizer::from_folder(slow.path()).unwrap();
+        let fast = PromptTokenizer::load(fast.path()).unwrap();
+        let slow_tokenizer = PromptTokenizer::load(slow.path()).unwrap();
         let texts = [
             "a red fox sits on the snow, detailed fur",
             "一只猫坐在雪地上，写着“你好，世界” 12345",
@@ -275,7 +275,7 @@ mod tests {
         for file in ["added_tokens.json", "tokenizer_config.json"] {
             let only = slow_folder();
             std::fs::remove_file(only.path().join(file)).unwrap();
-            let only = PromptTokenizer::from_folder(only.path()).unwrap();
+            let only = PromptTokenizer::load(only.path()).unwrap();
             assert_eq!(fast.encode(texts[4]).unwrap(), only.encode(texts[4]).unwrap(), "without {file}");
         }
     }
@@ -285,7 +285,7 @@ mod tests {
         let refused = |spoil: &dyn Fn(&Path)| {
             let dir = slow_folder();
             spoil(dir.path());
-            PromptTokenizer::from_folder(dir.path()).err().expect("refused").to_string()
+            PromptTokenizer::load(dir.path()).err().expect("refused").to_string()
         };
         let remove = |name: &'static str| move |dir: &Path| std::fs::remove_file(dir.join(name)).unwrap();
         assert!(refused(&remove("merges.txt")).contains("merges.txt` is missing"));

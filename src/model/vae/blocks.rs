@@ -7,9 +7,9 @@
 use crate::error::Result;
 use crate::io::Weights;
 use crate::kernels::Value;
+use crate::kernels::basic::add;
 use crate::kernels::channel_norm::channel_norm;
 use crate::kernels::conv::{Conv2d, Padding};
-use crate::kernels::elementwise::add;
 use crate::kernels::math::Activation;
 use crate::kernels::spatial_attention::spatial_attention;
 use crate::kernels::upsample::upsample_nearest2x;

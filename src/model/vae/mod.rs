@@ -17,7 +17,7 @@ pub use tiling::Tiling;
 use crate::error::{Error, Result};
 use crate::io::Weights;
 use crate::kernels::conv::Conv2d;
-use crate::kernels::elementwise::{channels_first, channels_last, clamp};
+use crate::kernels::pixels::{channels_first, channels_last, clamp};
 use crate::kernels::{Value, no_grad};
 use blocks::Scope;
 use candle_core::Tensor;
@@ -40,14 +40,14 @@ impl Vae {
     /// Loads the folder `vae/`: `config.json` and the weights beside it.
     ///
     /// Errors: those of [`VaeConfig::from_file`]; a missing, misshapen or unknown tensor.
-    pub fn from_folder(folder: &Path) -> Result<Self> {
-        Self::load(&Weights::open_folder(folder)?, VaeConfig::from_file(&folder.join("config.json"))?)
+    pub fn load(folder: &Path) -> Result<Self> {
+        Self::from_weights(VaeConfig::from_file(&folder.join("config.json"))?, &Weights::open_folder(folder)?)
     }
 
     /// Takes the tensors that `config` implies out of `weights`.
     ///
     /// Errors: a missing, misshapen or unknown tensor.
-    pub fn load(weights: &Weights, config: VaeConfig) -> Result<Self> {
+    pub fn from_weights(config: VaeConfig, weights: &Weights) -> Result<Self> {
         weights.check(&config.tensors(), |_| false)?;
         let scope = Scope { weights, prefix: String::new() };
         Ok(Self {
