@@ -2,8 +2,12 @@
 //!
 //! This layer does not know Qwen-Image: the table of a model's linear layers is passed in.
 
+pub mod delta;
 pub mod file;
+pub mod linalg;
 pub mod lora;
+pub mod matrix;
+pub mod read;
 pub mod target;
 
 pub use lora::{Init, LoraAdapter, LoraModule};

@@ -2,6 +2,7 @@
 
 pub mod atomic;
 pub mod disk;
+pub mod fp8;
 pub mod hub;
 pub mod json;
 pub mod safetensors;

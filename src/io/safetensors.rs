@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 /// A memory-mapped safetensors file whose header has been checked against its length.
 pub struct MappedFile {
     path: PathBuf,
-    map: memmap2::Mmap,
+    map: Bytes,
     data_start: usize,
     header: Metadata,
 }
@@ -30,9 +30,24 @@ impl MappedFile {
         // SAFETY: the map is read-only; a file truncated by another process while it is mapped would fault, as with
         // every memory-mapped weight loader. Our own files are never truncated in place: they are renamed over.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e).into_usage())?;
+        Self::new(path, Bytes::Mapped(map))
+    }
+
+    /// The same from bytes in memory; `path` is what errors call them.
+    pub fn from_bytes(path: &Path, bytes: Vec<u8>) -> Result<Self> {
+        Self::new(path, Bytes::Owned(bytes))
+    }
+
+    fn new(path: &Path, map: Bytes) -> Result<Self> {
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| bad_header(path, &map, e))?;
-        let data_start = header_len + 8;
-        Ok(Self { path: path.into(), map, data_start, header })
+        // read_metadata has checked that the offsets are those of the shapes, leave no gap, do not overlap and end
+        // where the file ends; a key that stands twice it would silently take once.
+        if let Some(name) = duplicate_key(&map[8..8 + header_len]) {
+            return Err(Error::usage(format!("`{}` is not a whole safetensors file", path.display()))
+                .detail(format!("its header names `{name}` twice"))
+                .hint("the file is corrupt, or was written by a broken tool: write it again"));
+        }
+        Ok(Self { path: path.into(), map, data_start: header_len + 8, header })
     }
 
     /// The file's path.
@@ -104,26 +119,109 @@ impl MappedFile {
             .map_err(|found| bad(format!("a dtype that converts to {}", dtype.as_str()), found))
     }
 
-    fn release(&self, bytes: &[u8]) {
+    /// The values of one float tensor (f32, bf16, f16, f64, fp8) as f32, row-major.
+    ///
+    /// Errors: no such tensor, a type that is not a float.
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        let bytes = self.bytes(name)?;
+        let (stored, _) = self.info(name).expect("bytes() found it");
+        let values = floats(bytes, stored).ok_or_else(|| {
+            Error::usage(format!("cannot load `{name}` from `{}`", self.path.display()))
+                .expected("a float type", format!("{stored:?}"))
+        })?;
+        self.release(bytes);
+        Ok(values)
+    }
+
+    /// Gives the pages of `bytes`, a part of this file, back to the system; they are read again when touched.
+    pub fn release(&self, bytes: &[u8]) {
         #[cfg(unix)]
-        {
+        if let Bytes::Mapped(map) = &self.map {
             let page = 4096;
-            let start = (bytes.as_ptr() as usize - self.map.as_ptr() as usize).next_multiple_of(page);
-            let end = (bytes.as_ptr() as usize - self.map.as_ptr() as usize + bytes.len()) / page * page;
+            let start = (bytes.as_ptr() as usize - map.as_ptr() as usize).next_multiple_of(page);
+            let end = (bytes.as_ptr() as usize - map.as_ptr() as usize + bytes.len()) / page * page;
             if end > start {
                 // SAFETY: the map is read-only and backed by a file; dropped pages are read again when touched.
-                let _ =
-                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
             }
         }
     }
 }
 
+enum Bytes {
+    Mapped(memmap2::Mmap),
+    Owned(Vec<u8>),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
+/// The first key that stands twice in the header or in its metadata. The header is known to be valid JSON.
+fn duplicate_key(header: &[u8]) -> Option<String> {
+    use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+
+    /// Walks one object, and the one under `__metadata__`; the value is the first key seen twice.
+    struct Keys;
+    impl<'de> Visitor<'de> for Keys {
+        type Value = Option<String>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_unit<E>(self) -> std::result::Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> std::result::Result<Self::Value, M::Error> {
+            let (mut seen, mut twice) = (std::collections::HashSet::new(), None);
+            while let Some(key) = map.next_key::<String>()? {
+                if key == "__metadata__" {
+                    twice = twice.or(map.next_value_seed(Keys)?);
+                } else {
+                    map.next_value::<IgnoredAny>()?;
+                }
+                if !seen.insert(key.clone()) {
+                    twice = twice.or(Some(key));
+                }
+            }
+            Ok(twice)
+        }
+    }
+    impl<'de> serde::de::DeserializeSeed<'de> for Keys {
+        type Value = Option<String>;
+
+        fn deserialize<D: Deserializer<'de>>(self, d: D) -> std::result::Result<Self::Value, D::Error> {
+            d.deserialize_any(self)
+        }
+    }
+    serde_json::Deserializer::from_slice(header).deserialize_any(Keys).ok().flatten()
+}
+
 fn bad_header(path: &Path, map: &[u8], e: safetensors::SafeTensorError) -> Error {
+    use safetensors::SafeTensorError as Bad;
     let error = Error::usage(format!("`{}` is not a whole safetensors file", path.display()));
-    let error = match (&e, declared_length(map)) {
-        (safetensors::SafeTensorError::MetadataIncompleteBuffer, Some(length)) => {
-            error.expected(format!("{length} bytes, as its header says"), format!("{} bytes", map.len()))
+    let error = match (&e, map.first_chunk::<8>().map(|n| u64::from_le_bytes(*n))) {
+        (Bad::HeaderTooLarge | Bad::InvalidHeaderLength, Some(said)) => error.expected(
+            format!("a header of {said} bytes, as its first eight bytes say"),
+            format!("a file of {} bytes", map.len()),
+        ),
+        (Bad::MetadataIncompleteBuffer, _) => match declared_length(map) {
+            Some(length) => {
+                error.expected(format!("{length} bytes, as its header says"), format!("{} bytes", map.len()))
+            }
+            None => error.detail(e.to_string()),
+        },
+        (Bad::InvalidOffset(name), _) => {
+            error.detail(format!("the data of `{name}` overlaps another tensor's or leaves a gap before it"))
         }
         _ => error.detail(e.to_string()),
     };
@@ -150,12 +248,34 @@ fn declared_length(map: &[u8]) -> Option<u64> {
     Some(8 + header_length + ends.max().unwrap_or(0))
 }
 
+/// Bytes of a float type (f32, bf16, f16, f64, fp8) as f32; `None` if it is another type.
+pub fn floats(bytes: &[u8], stored: Dtype) -> Option<Vec<f32>> {
+    use crate::io::fp8;
+    use half::{bf16, f16};
+    Some(match stored {
+        Dtype::F32 => read(bytes, f32::from_le_bytes),
+        Dtype::BF16 => read(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        Dtype::F16 => read(bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::F64 => read(bytes, |b| f64::from_le_bytes(b) as f32),
+        Dtype::F8_E4M3 => {
+            let table = fp8::table(fp8::e4m3);
+            read(bytes, |b: [u8; 1]| table[usize::from(b[0])])
+        }
+        Dtype::F8_E5M2 => {
+            let table = fp8::table(fp8::e5m2);
+            read(bytes, |b: [u8; 1]| table[usize::from(b[0])])
+        }
+        _ => return None,
+    })
+}
+
+fn read<const N: usize, T: Send>(bytes: &[u8], f: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
+    bytes.par_chunks_exact(N).with_min_len(1 << 16).map(|b| f(b.try_into().expect("chunks of N bytes"))).collect()
+}
+
 /// Bytes of `stored` type as a CPU tensor of `dtype`; `Err` describes the type that does not convert.
 fn decode(bytes: &[u8], stored: Dtype, shape: &[usize], dtype: DType) -> std::result::Result<Tensor, String> {
     use half::{bf16, f16};
-    fn read<const N: usize, T: Send>(bytes: &[u8], f: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {
-        bytes.par_chunks_exact(N).with_min_len(1 << 16).map(|b| f(b.try_into().expect("chunks of N bytes"))).collect()
-    }
     let cpu = &Device::Cpu;
     let tensor = match (stored, dtype) {
         (Dtype::F32, DType::F32) => Tensor::from_vec(read(bytes, f32::from_le_bytes), shape, cpu),
@@ -273,6 +393,31 @@ mod tests {
         assert_eq!(rows, [[3.25, 1e-8], [1.0, -2.5], [3.25, 1e-8]]);
         assert!(file.rows("x", &[2], DType::F32).unwrap_err().to_string().contains("found row 2"));
         assert!(file.rows("ids", &[0], DType::I64).is_err());
+    }
+
+    #[test]
+    fn corrupt_headers_are_explained() {
+        let open = |header: &str, data: usize| {
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(header.as_bytes());
+            bytes.extend(vec![0; data]);
+            MappedFile::from_bytes(Path::new("x.safetensors"), bytes)
+        };
+        let fail = |header: &str, data: usize| open(header, data).err().expect("a corrupt header").to_string();
+        let one = r#""dtype":"U8","shape":[4],"data_offsets""#;
+        assert!(open(&format!(r#"{{"a":{{{one}:[0,4]}},"b":{{{one}:[4,8]}}}}"#), 8).is_ok());
+        let error = fail(&format!(r#"{{"a":{{{one}:[0,4]}},"a":{{{one}:[0,4]}}}}"#), 4);
+        assert!(error.contains("names `a` twice"), "{error}");
+        let error = fail(&format!(r#"{{"__metadata__":{{"k":"1","k":"2"}},"a":{{{one}:[0,4]}}}}"#), 4);
+        assert!(error.contains("names `k` twice"), "{error}");
+        let error = fail(&format!(r#"{{"a":{{{one}:[0,4]}},"b":{{{one}:[2,6]}}}}"#), 6);
+        assert!(error.contains("`b` overlaps"), "{error}");
+        let error = fail(&format!(r#"{{"a":{{{one}:[0,4]}}}}"#), 9);
+        assert!(error.contains("bytes, as its header says"), "{error}");
+        let mut huge = (10u64 << 30).to_le_bytes().to_vec();
+        huge.resize(1024, b' ');
+        let error = MappedFile::from_bytes(Path::new("x.safetensors"), huge).err().expect("10 GB in 1 KB").to_string();
+        assert!(error.contains("a header of 10737418240 bytes") && error.contains("a file of 1024 bytes"), "{error}");
     }
 
     #[test]
