@@ -1,9 +1,9 @@
 //! Resizing an image as Pillow does, bit for bit: bilinear with anti-aliasing in 8-bit fixed point.
 //!
-//! Source: the triangle filter of
-//! <https://github.com/python-pillow/Pillow/blob/11.3.0/src/libImaging/Resample.c#L184-L310>: the filter is widened by
-//! the scale when shrinking, coefficients are normalised in f64 and rounded to 22 fractional bits, and each pass
-//! (horizontal, then vertical) rounds to 8 bits. Difference: only what the crop needs is computed.
+//! Source: `precompute_coeffs` and `normalize_coeffs_8bpc` with the triangle filter, and the passes after them, in
+//! <https://github.com/python-pillow/Pillow/blob/4e5f09f533dbd0d87d39951f48b62f4d1a421cba/src/libImaging/Resample.c#L183-L282>:
+//! the filter is widened by the scale when shrinking, coefficients are normalised in f64 and rounded to 22 fractional
+//! bits, and each pass (horizontal, then vertical) rounds to 8 bits. Difference: only what the crop needs is computed.
 
 use crate::error::{Error, Result};
 use image::RgbImage;
