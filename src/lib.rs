@@ -4,6 +4,7 @@
 //! `adapters`, `flow`, `prompt` -> `kernels`, `io`, `config`, `rng`, `error`.
 
 pub mod adapters;
+pub mod cli;
 pub mod error;
 pub mod flow;
 pub mod io;
