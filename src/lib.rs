@@ -6,6 +6,7 @@
 pub mod adapters;
 pub mod cache;
 pub mod data;
+pub mod cli;
 pub mod error;
 pub mod flow;
 pub mod io;

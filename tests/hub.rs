@@ -6,6 +6,8 @@ mod server;
 use candle_core::{DType, Device, Tensor};
 use qwen_lora::io::hub::{self, HubOptions, Part, RepoId, Transferred, Wanted};
 use qwen_lora::io::safetensors::{MappedFile, RawTensor, write};
+use qwen_lora::model::source::{ModelSource, ModelSpec};
+use qwen_lora::model::synth;
 use server::{COMMIT, Fault, REPO, Server};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -332,6 +334,55 @@ fn a_refused_config_ends_the_download_before_the_weights() {
     let error = hub::fetch(&repo, &wanted(), &check, &setup.options).unwrap_err().to_string();
     assert_eq!(error, "another architecture");
     assert!(setup.server.bodies_sent().iter().all(|f| !f.ends_with(".safetensors")));
+}
+
+/// The files of a folder, by their paths in it.
+fn files_under(folder: &Path, prefix: &str, into: &mut BTreeMap<String, Vec<u8>>) {
+    for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let name = format!("{prefix}{}", entry.file_name().to_str().unwrap());
+        if entry.path().is_dir() {
+            files_under(&entry.path(), &format!("{name}/"), into);
+        } else {
+            into.insert(name, std::fs::read(entry.path()).unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_hub_id_becomes_a_pipeline_and_another_family_is_refused_before_its_weights() {
+    let setup = setup();
+    let mut files = BTreeMap::new();
+    files_under(&synth::tiny_in(setup.cache.path()).unwrap(), "", &mut files);
+    setup.server.hub.lock().unwrap().files = files.clone();
+    let resolve = |spec: &ModelSpec| ModelSource::resolve_with(spec, setup.options.clone());
+
+    // Weights that a file replaces are not fetched.
+    let file = setup.cache.path().join("own.safetensors");
+    std::fs::write(&file, &files["transformer/diffusion_pytorch_model.safetensors"]).unwrap();
+    let replaced = ModelSpec { transformer: Some(file.clone()), ..ModelSpec::new(REPO) };
+    let pipeline = resolve(&replaced).unwrap();
+    assert_eq!(
+        (pipeline.transformer.weights, pipeline.transformer.config),
+        (file, setup.path("transformer/config.json"))
+    );
+    let sent = setup.server.bodies_sent();
+    assert!(!sent.contains(&"transformer/diffusion_pytorch_model.safetensors".to_string()), "{sent:?}");
+
+    let pipeline = resolve(&ModelSpec::new(REPO)).unwrap();
+    assert_eq!(setup.server.bodies_sent().len(), files.len());
+    assert_eq!(pipeline.transformer.open().unwrap().names().count(), 77);
+    let offline = ModelSpec { offline: true, ..ModelSpec::new(REPO) };
+    assert_eq!(resolve(&offline).unwrap(), pipeline);
+
+    let other = Server::start(files);
+    let index = br#"{"_class_name": "FluxPipeline"}"#.to_vec();
+    other.hub.lock().unwrap().files.insert("model_index.json".into(), index);
+    let cache = tempfile::tempdir().unwrap();
+    let options =
+        HubOptions { endpoint: Some(other.url()), cache_dir: Some(cache.path().into()), ..setup.options.clone() };
+    let error = ModelSource::resolve_with(&ModelSpec::new(REPO), options).unwrap_err();
+    assert_says(&error.to_string(), &["FluxPipeline (FLUX.1)", "Qwen/Qwen-Image"]);
+    assert!(other.bodies_sent().iter().all(|f| !f.ends_with(".safetensors")));
 }
 
 #[test]
