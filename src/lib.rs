@@ -7,6 +7,7 @@ pub mod adapters;
 pub mod cache;
 pub mod data;
 pub mod cli;
+pub mod config;
 pub mod error;
 pub mod flow;
 pub mod io;

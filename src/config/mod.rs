@@ -1,0 +1,215 @@
+//! The config file: strict YAML in, one validated [`Config`] out.
+//!
+//! `section!` declares each section once ([`sections`]): struct, documentation, defaults, ranges. [`tree`] keeps the
+//! place of every value, so that each error names file, line and column, or the `--set` it came from.
+
+pub mod field;
+pub mod reference;
+pub mod sections;
+pub mod tree;
+pub mod types;
+
+pub use sections::{Data, Evaluation, Flow, Lora, Model, Save, Target, Targets, Training};
+pub use types::{
+    Betas, Checkpointing, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting, LrSchedule, Optimizer,
+    Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, Stages, TrainingMode,
+};
+
+use crate::error::{Error, Result};
+use field::{At, Field, Range, section};
+use std::path::{Path, PathBuf};
+use tree::{Node, Place};
+
+section! {
+    /// One training run. Everything but `model` and `data.path` has a default.
+    pub struct Config {
+        /// The base model: a hub id, a folder or `synthetic:tiny`; or a map with the keys below.
+        model: Model;
+        /// The run directory: what the run writes goes there.
+        output: PathBuf = PathBuf::from("runs/train");
+        /// Seed of everything random in the run.
+        seed: u64 = 0, Range::at_least(0.0);
+        /// `auto` (a GPU if this build can use one, else the CPU), `cpu`, or `cuda:N`.
+        device: DeviceChoice = DeviceChoice::Auto;
+        /// How the weights are updated.
+        training: Training = Training::default();
+        /// The adapter.
+        lora: Lora = Lora::default();
+        /// The images.
+        data: Data;
+        /// Noise levels.
+        flow: Flow = Flow::default();
+        /// Staged training. This version trains in one stage: only the empty list is accepted.
+        stages: Stages = Stages;
+        /// What is written during the run.
+        save: Save = Save::default();
+        /// The held-out loss.
+        evaluation: Evaluation = Evaluation::default();
+    }
+}
+
+/// Keys that may change between a checkpoint and its resumption: none of them reaches the weights. All others must
+/// stay, `training.max_steps` too, because the learning rate of every step depends on it.
+const MAY_CHANGE: [&str; 9] = [
+    "output",
+    "device",
+    "save.every",
+    "save.keep",
+    "save.dtype",
+    "evaluation.every",
+    "data.prefetch",
+    "data.cache_dir",
+    "model.offline",
+];
+
+impl Config {
+    /// Reads a config file and applies the `--set` arguments in order.
+    ///
+    /// Errors (all usage): unreadable or not UTF-8, not YAML, unknown or repeated key, wrong type, out of range.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| {
+            Error::usage(format!("cannot read the config file `{}`", path.display())).detail(e.to_string()).source(e)
+        })?;
+        let text = String::from_utf8(bytes).map_err(|e| {
+            Error::usage(format!("the config file `{}` is not UTF-8 text", path.display()))
+                .detail(format!("the first bad byte is at offset {}", e.utf8_error().valid_up_to()))
+                .hint("save it as UTF-8")
+        })?;
+        Self::parse(&text, path, sets)
+    }
+
+    /// [`Config::load`] on a text; `name` is the file in errors, and its stem the default name of the run.
+    pub fn parse(text: &str, name: &Path, sets: &[String]) -> Result<Self> {
+        let mut root = tree::parse(text, name)?;
+        for argument in sets {
+            tree::set(&mut root, argument, |path| match path {
+                "model" => Some("path"),
+                _ if path.starts_with("lora.target_modules.") => Some("name"),
+                _ => None,
+            })?;
+        }
+        fill_in(&mut root, name);
+        let config = Self::read(&root, &At::root(name))?;
+        config.check_combinations()?;
+        Ok(config)
+    }
+
+    /// Rules between several keys.
+    fn check_combinations(&self) -> Result<()> {
+        let training = &self.training;
+        if training.warmup_steps > training.max_steps {
+            return Err(Error::usage("`training.warmup_steps` is longer than the run")
+                .expected(format!("at most `training.max_steps`, {}", training.max_steps), training.warmup_steps));
+        }
+        if self.flow.sigma_min >= self.flow.sigma_max {
+            return Err(Error::usage("the range of noise levels is empty")
+                .expected("`flow.sigma_min` below `flow.sigma_max`", self.flow.sigma_min)
+                .detail(format!("`flow.sigma_max` is {}", self.flow.sigma_max)));
+        }
+        if self.data.caption_weight == 0.0 && self.data.caption_dropout == 0.0 {
+            return Err(Error::usage("every sample would have weight 0")
+                .detail("`data.caption_weight` is 0 and no caption is dropped (`data.caption_dropout` is 0)"));
+        }
+        Ok(())
+    }
+
+    /// Fails if the config asks for what this version cannot do. Called before training; reading a config does not.
+    pub fn check_supported(&self) -> Result<()> {
+        if self.data.pose_loss_weight > 0.0 {
+            return Err(Error::usage("the pose loss does not exist in this version")
+                .detail(format!("`data.pose_loss_weight` is {}", self.data.pose_loss_weight))
+                .hint("train without it: `--set data.pose_loss_weight=0`"));
+        }
+        if let DeviceChoice::Cuda(n) = self.device {
+            return Err(Error::usage(format!("this version cannot train on `device: cuda:{n}`"))
+                .detail("it has kernels for the CPU only")
+                .hint("use `device: cpu` or `device: auto`"));
+        }
+        Ok(())
+    }
+
+    /// The resolved config as YAML: every key, in the order of the reference page. Parses back to this config.
+    pub fn to_yaml(&self) -> String {
+        serde_saphyr::to_string(&self.write()).expect("a tree of plain values is YAML")
+    }
+
+    /// The config for the adapter's metadata: JSON with sorted keys, without `output` and `device`, and without paths
+    /// of this machine (a model or data folder is reduced to its name, the cache folder left out).
+    pub fn embedded_json(&self) -> String {
+        serde_json::to_value(self.embedded()).expect("a tree of plain values is JSON").to_string()
+    }
+
+    fn embedded(&self) -> Node {
+        let mut config = self.clone();
+        let model = Path::new(&config.model.path);
+        if model.is_absolute() || model.exists() {
+            config.model.path = last_component(model);
+        }
+        for file in [&mut config.model.transformer, &mut config.model.vae, &mut config.model.text_encoder] {
+            *file = file.as_deref().map(|path| last_component(path).into());
+        }
+        config.data.path = last_component(&config.data.path).into();
+        let mut root = config.write();
+        root.remove("output");
+        root.remove("device");
+        root.get_mut("data").expect("a section of the config").remove("cache_dir");
+        root
+    }
+
+    /// What differs between two configs in a way that a resumed run must not: `key: theirs -> ours` per key. Of paths
+    /// only the last component counts, so that a dataset or model may move; their contents are checked elsewhere.
+    pub fn differences(&self, saved: &Config) -> Vec<String> {
+        let mut found = Vec::new();
+        compare("", &saved.embedded(), &self.embedded(), &mut found);
+        found
+    }
+
+    /// The folder for cached latents and embeddings.
+    pub fn cache_dir(&self) -> PathBuf {
+        match &self.data.cache_dir {
+            Some(dir) => dir.clone(),
+            None => self.output.parent().unwrap_or(Path::new("")).join(".cache"),
+        }
+    }
+}
+
+/// Defaults that depend on other values, as the reference page shows them; [`fill_in`] applies them.
+const DERIVED_DEFAULTS: [(&str, &str); 2] = [("output", "runs/<name of the config file>"), ("lora.alpha", "lora.rank")];
+
+/// Adds the defaults that depend on other values.
+fn fill_in(root: &mut Node, name: &Path) {
+    if root.get("output").is_none()
+        && let Some(stem) = name.file_stem()
+    {
+        let output = Node::text(format!("runs/{}", stem.to_string_lossy()));
+        root.insert("output", Place::Made, output);
+    }
+    if let Some(lora) = root.get_mut("lora")
+        && lora.get("alpha").is_none()
+        && let Some(rank) = lora.get("rank").cloned()
+    {
+        lora.insert("alpha", Place::Made, rank);
+    }
+}
+
+fn last_component(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+fn compare(key: &str, saved: &Node, now: &Node, found: &mut Vec<String>) {
+    if MAY_CHANGE.contains(&key) || saved == now {
+        return;
+    }
+    match (&saved.content, &now.content) {
+        (tree::Content::Map(a), tree::Content::Map(b)) if a.len() == b.len() => {
+            for ((name, saved), (_, now)) in a.iter().zip(b) {
+                let key = if key.is_empty() { name.name.clone() } else { format!("{key}.{}", name.name) };
+                compare(&key, saved, now, found);
+            }
+        }
+        _ => found.push(format!("{key}: {} -> {}", saved.inline(), now.inline())),
+    }
+}
+
+#[cfg(test)]
+mod tests;

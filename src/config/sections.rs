@@ -1,0 +1,225 @@
+//! The sections of the config file. The doc comments are the user's reference: `docs/config.md` is made from them.
+
+use crate::config::field::{At, Field, Range, section};
+use crate::config::tree::{Content, Node};
+use crate::config::types::{
+    Betas, Checkpointing, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Optimizer, Positive, Rank,
+    Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
+};
+use crate::error::Result;
+use std::path::PathBuf;
+
+section! {
+    /// The base model.
+    pub struct Model shorthand path {
+        /// A hub id (`Qwen/Qwen-Image`), a folder in the diffusers layout, or `synthetic:tiny`, a tiny random model
+        /// that is made on the spot to try things out.
+        path: String;
+        /// Branch, tag or commit of the hub repository; null means `main`.
+        revision: Option<String> = None;
+        /// Type in which the frozen weights are held; `auto` is the compute type `training.dtype`.
+        dtype: ComputeDtype = ComputeDtype::Auto;
+        /// Take hub files from the local cache only and never go to the network.
+        offline: bool = false;
+        /// A file with the transformer, in place of the one in `path`.
+        transformer: Option<PathBuf> = None;
+        /// A file with the VAE, in place of the one in `path`.
+        vae: Option<PathBuf> = None;
+        /// A file with the text encoder, in place of the one in `path`.
+        text_encoder: Option<PathBuf> = None;
+    }
+}
+
+section! {
+    /// How the weights are updated.
+    pub struct Training {
+        /// Images in one forward pass. A bucket with fewer images left gives a smaller batch.
+        batch_size: usize = 1, Range::at_least(1.0);
+        /// Forward passes whose gradients are averaged into one step.
+        gradient_accumulation: usize = 1, Range::at_least(1.0);
+        /// Peak learning rate.
+        learning_rate: f64 = 1e-4, Range::between(0.0, 1.0);
+        /// How the learning rate moves: `constant` and `linear` (down to 0 at `max_steps`) after the warm-up;
+        /// `cosine` down to 0 without warm-up; `cosine_with_warmup`.
+        lr_scheduler: LrSchedule = LrSchedule::Constant;
+        /// Steps over which the learning rate rises from 0. Not used by `cosine`.
+        warmup_steps: usize = 0, Range::at_least(0.0);
+        /// Steps in the run; one step is one update of the weights.
+        max_steps: usize = 2000, Range::at_least(1.0);
+        /// The optimizer.
+        optimizer: Optimizer = Optimizer::AdamW;
+        /// Decay rates of AdamW's two moments.
+        betas: Betas = Betas::default();
+        /// Added to the denominator of AdamW's update.
+        eps: f64 = 1e-8, Range::above(0.0);
+        /// Decoupled weight decay: each step shrinks the weights by the factor `1 - learning rate * weight_decay`.
+        weight_decay: f64 = 0.01, Range::between(0.0, 1.0);
+        /// Gradients are scaled down to this norm, taken over all of them together, if theirs is larger; 0 turns
+        /// clipping off.
+        max_grad_norm: f64 = 1.0, Range::at_least(0.0);
+        /// Compute type. `auto` is bf16 on a GPU and f32 on the CPU. Adapter, optimizer state and loss are always f32.
+        dtype: ComputeDtype = ComputeDtype::Auto;
+        /// What the forward pass keeps for the backward pass: `none` keeps everything (fastest, most memory), `full`
+        /// only the input of each block, `selective` lies between. The results are the same bit for bit.
+        checkpointing: Checkpointing = Checkpointing::Full;
+        /// `lora` trains an adapter, `full` all weights of the transformer.
+        mode: TrainingMode = TrainingMode::Lora;
+    }
+}
+
+section! {
+    /// The adapter.
+    pub struct Lora {
+        /// Rank of the adapter: its size and capacity.
+        rank: Rank = Rank::new(16).expect("16 is a rank");
+        /// Strength of the adapter: its output is multiplied by `alpha / rank`.
+        alpha: f64 = 16.0, Range::above(0.0);
+        /// Multiply by `alpha / sqrt(rank)` instead (rank-stabilised LoRA).
+        rslora: bool = false;
+        /// How the A matrices start: `gaussian` (normal, standard deviation 1/rank) or `kaiming`. B starts at 0.
+        init: LoraInit = LoraInit::Gaussian;
+        /// Which linears get an adapter: the groups `qkv`, `mlp`, `fusion`, `modulation` and `entry`, each also for
+        /// one stream (`qkv.visual`, `mlp.text`), exact names, suffixes such as `attn.to_out.0`, globs, and regular
+        /// expressions after `re:`. An entry is text, or a map `{name, rank, alpha}` to give it a rank and alpha of its own.
+        target_modules: Targets = Targets::new(&["qkv", "mlp", "fusion"]);
+    }
+}
+
+section! {
+    /// One entry of `lora.target_modules`.
+    pub struct Target shorthand name {
+        /// The group, name, suffix, glob or `re:` pattern.
+        name: String;
+        /// Rank for the linears that this entry names; null means `lora.rank`.
+        rank: Option<Rank> = None;
+        /// Alpha for the linears that this entry names; null means `lora.alpha`.
+        alpha: Option<Positive> = None;
+    }
+}
+
+/// The entries of `lora.target_modules`: at least one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Targets(Vec<Target>);
+
+impl Targets {
+    /// Targets by name, with the rank and alpha of the section.
+    pub fn new(names: &[&str]) -> Self {
+        Self(names.iter().map(|name| Target { name: (*name).into(), ..Default::default() }).collect())
+    }
+
+    /// The entries, in the order of the file.
+    pub fn entries(&self) -> &[Target] {
+        &self.0
+    }
+}
+
+impl Field for Targets {
+    fn kind() -> String {
+        "a list of names, or of maps {name, rank, alpha}".into()
+    }
+    fn schema() -> serde_json::Value {
+        serde_json::json!({"type": "array", "minItems": 1, "items": Target::schema()})
+    }
+    fn read(node: &Node, at: &At) -> Result<Self> {
+        match &node.content {
+            Content::List(list) if !list.is_empty() => {
+                let entries = list.iter().enumerate().map(|(i, entry)| Target::read(entry, &at.child(i)));
+                Ok(Self(entries.collect::<Result<_>>()?))
+            }
+            Content::Text(_) => Err(at.unexpected(node, Self::kind()).hint("put it in brackets: `[qkv, mlp]`")),
+            _ => Err(at.unexpected(node, Self::kind())),
+        }
+    }
+    fn write(&self) -> Node {
+        let entry = |target: &Target| match target {
+            Target { name, rank: None, alpha: None } => name.write(),
+            target => target.write(),
+        };
+        Node::made(Content::List(self.0.iter().map(entry).collect()))
+    }
+}
+
+impl Lora {
+    /// Rank and alpha of one of the `target_modules`.
+    pub fn rank_and_alpha(&self, target: &Target) -> (Rank, f64) {
+        (target.rank.unwrap_or(self.rank), target.alpha.map_or(self.alpha, Positive::get))
+    }
+
+    /// The factor on the output of an adapter: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
+    pub fn scale(&self, rank: Rank, alpha: f64) -> f64 {
+        let rank = rank.get() as f64;
+        alpha / if self.rslora { rank.sqrt() } else { rank }
+    }
+}
+
+section! {
+    /// The images.
+    pub struct Data {
+        /// Folder with the images and their captions: `name.txt` beside `name.jpg`, `.png` or `.webp`.
+        path: PathBuf;
+        /// Side in pixels of the square with as many pixels as a training image: images keep their shape, in steps of
+        /// 16 pixels. With a list, every image is trained at each of the resolutions.
+        resolution: Resolutions = Resolutions::default();
+        /// Caption of images that have no caption file; null makes such an image an error.
+        default_caption: Option<String> = None;
+        /// Longest prompt, in tokens; what is longer is cut off, with a warning.
+        max_sequence_length: usize = 512, Range::between(1.0, 1024.0);
+        /// Share of samples that are trained with the empty caption.
+        caption_dropout: f64 = 0.05, Range::between(0.0, 1.0);
+        /// Weight in the loss of a sample trained with its caption, relative to one whose caption was dropped. It is
+        /// divided by its mean, so that the loss as a whole does not grow.
+        caption_weight: f64 = 1.0, Range::between(0.0, 1000.0);
+        /// Weight of the pose term of the loss. This version has no pose term: training refuses any value above 0.
+        pose_loss_weight: f64 = 0.0, Range::at_least(0.0);
+        /// Images that are kept out of training to measure the held-out loss: a number of them, or a share, which is
+        /// rounded down and never more than 32. 0 trains on everything and measures nothing.
+        held_out: HeldOut = HeldOut::Fraction(0.05);
+        /// Batches that are prepared in the background.
+        prefetch: usize = 2, Range::between(1.0, 64.0);
+        /// Where latents and prompt embeddings are kept between runs; null means `.cache` beside the run directory.
+        cache_dir: Option<PathBuf> = None;
+    }
+}
+
+section! {
+    /// Noise levels. A sample is `(1 - sigma) * image + sigma * noise`.
+    pub struct Flow {
+        /// Distribution of the noise levels before the shift: `uniform`, or `logit_normal`, which prefers the middle.
+        sampling: SigmaSampling = SigmaSampling::LogitNormal;
+        /// Mean of the normal behind `logit_normal`.
+        logit_mean: f64 = 0.0, Range::between(-20.0, 20.0);
+        /// Standard deviation of the normal behind `logit_normal`.
+        logit_std: f64 = 1.0, Range::between(0.0, 20.0);
+        /// Moves the noise levels towards more noise: a factor `s` (sigma becomes `s*sigma / (1 + (s-1)*sigma)`),
+        /// `dynamic` (the scheduler's factor, which grows with the image: 1.83 at 768x768, 2.00 at 1024x1024), or `none`.
+        shift: Shift = Shift::Dynamic;
+        /// Lowest noise level.
+        sigma_min: f64 = 0.0, Range::between(0.0, 1.0);
+        /// Highest noise level. The levels are stretched into the range from `sigma_min` to `sigma_max`.
+        sigma_max: f64 = 1.0, Range::between(0.0, 1.0);
+        /// Weight of a sample in the loss by its noise level: `none`, or `bell`, which prefers the middle.
+        weighting: LossWeighting = LossWeighting::None;
+    }
+}
+
+section! {
+    /// What is written during the run.
+    pub struct Save {
+        /// A checkpoint every so many steps; 0 writes only the last one.
+        every: usize = 500, Range::at_least(0.0);
+        /// How many checkpoints stay, the newest ones; 0 keeps all.
+        keep: usize = 3, Range::at_least(0.0);
+        /// Type of the numbers in the exported adapter. Checkpoints are always f32.
+        dtype: SaveDtype = SaveDtype::F32;
+    }
+}
+
+section! {
+    /// The held-out loss: the loss on images that are not trained on, with the same noise every time.
+    pub struct Evaluation {
+        /// Measured every so many steps, and at the start and the end; 0 turns it off.
+        every: usize = 100, Range::at_least(0.0);
+        /// Noise levels per image, spread evenly over their distribution.
+        num_sigmas: usize = 4, Range::between(1.0, 100.0);
+    }
+}
