@@ -5,14 +5,15 @@
 
 pub mod adapters;
 pub mod cache;
-pub mod data;
 pub mod cli;
 pub mod config;
+pub mod data;
 pub mod error;
 pub mod flow;
 pub mod io;
 pub mod kernels;
 pub mod model;
+pub mod optim;
 pub mod progress;
 pub mod prompt;
 pub mod rng;

@@ -1,5 +1,6 @@
 //! What the frozen networks computed once: prompt embeddings and latents, kept on disk by content.
 
+pub mod encode;
 pub mod fill;
 pub mod fingerprint;
 pub mod key;

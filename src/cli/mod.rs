@@ -1,3 +1,88 @@
-//! The command line: one file per verb, no tensor code.
+//! The command line. Each verb has a file here with its arguments (a clap `Args` struct whose doc comment is the
+//! help text) and a function `run`.
+//!
+//! A new verb takes two lines: its `pub mod`, and its entry in `verbs!`.
 
+pub mod config;
 pub mod synth;
+pub mod train;
+
+use crate::error::{Error, Result};
+use clap::{Parser, Subcommand};
+use std::fmt::Display;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// Train LoRA adapters for Qwen-Image.
+#[derive(Parser)]
+#[command(name = "qwen-lora", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+macro_rules! verbs {
+    ($($module:ident: $name:ident($args:ident);)*) => {
+        #[derive(Subcommand)]
+        enum Verb {
+            $($name($module::$args),)*
+        }
+
+        fn run(verb: &Verb) -> Result<()> {
+            match verb {
+                $(Verb::$name(args) => $module::run(args),)*
+            }
+        }
+    };
+}
+
+verbs! {
+    train: Train(TrainArgs);
+    synth: Synth(SynthArgs);
+    config: Config(ConfigArgs);
+}
+
+/// Parses the command line of the process, runs the verb and reports its error.
+///
+/// Exit codes: 0 done, 1 the run failed, 2 wrong usage or config, 130 interrupted after saving.
+pub fn main() -> ExitCode {
+    match run(&Cli::parse().verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // With stderr gone there is nobody to tell; the exit code still tells.
+            let _ = writeln!(std::io::stderr(), "error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Sets the number of threads that everything computes with. Errors: 0 threads.
+pub fn use_threads(threads: Option<usize>) -> Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    if threads == 0 {
+        return Err(Error::usage("`--threads` is 0").expected("1 or more", 0));
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    pool.map_err(|e| Error::run("cannot start the threads").detail(e.to_string()).source(e))
+}
+
+/// Prints a line to stdout. Unlike `println!` it does not panic when the reader has gone (`qwen-lora ... | head`): a
+/// run that has work to finish goes on.
+pub fn print_line(line: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed_and_every_verb_has_help() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        for verb in command.get_subcommands() {
+            assert!(verb.get_about().is_some(), "`{}` has no help text", verb.get_name());
+        }
+    }
+}

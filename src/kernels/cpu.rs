@@ -9,6 +9,7 @@ use half::bf16;
 use parking_lot::RwLockReadGuard;
 use rayon::prelude::*;
 use std::ops::{Deref, Range};
+use std::sync::Mutex;
 
 /// Elements per task of an elementwise loop: large enough to hide rayon's overhead, small enough to share.
 pub const GRAIN: usize = 16 * 1024;
@@ -125,6 +126,27 @@ pub fn column_sums(x: &[f32], width: usize) -> Vec<f32> {
         }
     });
     out
+}
+
+/// Replaces the contents of a contiguous f32 tensor that owns its whole storage; every clone of it sees the new values.
+pub fn assign(tensor: &Tensor, values: Vec<f32>) -> Result<()> {
+    struct Assign(Mutex<Vec<f32>>);
+    impl candle_core::InplaceOp1 for Assign {
+        fn name(&self) -> &'static str {
+            "assign"
+        }
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &candle_core::Layout) -> candle_core::Result<()> {
+            let values = std::mem::take(&mut *self.0.lock().unwrap_or_else(|e| e.into_inner()));
+            match storage {
+                CpuStorage::F32(v) if layout.contiguous_offsets() == Some((0, v.len())) && v.len() == values.len() => {
+                    *v = values;
+                    Ok(())
+                }
+                _ => candle_core::bail!("assign wants a whole f32 storage and as many values"),
+            }
+        }
+    }
+    Ok(tensor.inplace_op1(&Assign(Mutex::new(values)))?)
 }
 
 /// `a += b` in the storage of `a`, which nothing else may be using.

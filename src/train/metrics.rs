@@ -58,7 +58,8 @@ impl MetricsFile {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(Error::io("open", path, e)),
         }
-        let kept: String = text.split_inclusive('\n').filter(|line| line.ends_with('\n') && step_of(line) <= Some(step)).collect();
+        let kept: String =
+            text.split_inclusive('\n').filter(|line| line.ends_with('\n') && step_of(line) <= Some(step)).collect();
         if kept != text || text.is_empty() {
             write_atomic(path, |file| file.write_all(kept.as_bytes()))?;
         }

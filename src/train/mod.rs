@@ -1,4 +1,15 @@
 //! Training: what is trained, one step, the run.
 
+pub mod batches;
+pub mod checkpoint;
+pub mod held_out;
+pub mod interrupt;
+pub mod metrics;
+pub mod outcome;
+pub mod progress;
+pub mod run;
+pub mod run_dir;
+pub mod save;
+pub mod setup;
 pub mod step;
 pub mod trainable;

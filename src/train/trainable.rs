@@ -3,9 +3,11 @@
 use crate::adapters::{LoraAdapter, LoraModule};
 use crate::error::{Error, Result};
 use crate::kernels::linear::Lora;
-use crate::kernels::{Gradients, Value};
+use crate::kernels::{Gradients, Value, cpu};
 use crate::model::transformer::QwenImageTransformer;
+use crate::optim::Parameter;
 use candle_core::Tensor;
+use std::collections::BTreeMap;
 
 /// What an adapter module is beside its two matrices.
 struct Module {
@@ -60,6 +62,28 @@ impl Trainable {
     /// The leaves, in the order of [`Self::names`].
     pub fn leaves(&self) -> &[Value] {
         &self.leaves
+    }
+
+    /// The parameters as the optimizer takes them; their storage is the network's.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        let one = |(name, leaf): (&String, &Value)| Parameter { name: name.clone(), tensor: leaf.tensor().clone() };
+        self.names.iter().zip(&self.leaves).map(one).collect()
+    }
+
+    /// Overwrites the values by those of a checkpoint. Errors: a tensor missing or of another shape.
+    pub fn restore(&self, tensors: &[(String, Tensor)]) -> Result<()> {
+        let saved: BTreeMap<&str, &Tensor> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        for (name, leaf) in self.names.iter().zip(&self.leaves) {
+            match saved.get(name.as_str()) {
+                Some(t) if t.dims() == leaf.dims() => cpu::assign(leaf.tensor(), cpu::view(t)?.to_vec())?,
+                found => {
+                    let found = found.map_or("none".into(), |t| format!("shape {:?}", t.dims()));
+                    return Err(Error::usage(format!("the checkpoint's `{name}` does not fit the model"))
+                        .expected(format!("shape {:?}", leaf.dims()), found));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Number of trained numbers.

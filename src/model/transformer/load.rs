@@ -41,8 +41,13 @@ impl QwenImageTransformer {
         device: &Device,
         base: BaseWeights,
     ) -> Result<Self> {
-        weights.check(&config.tensors(), may_ignore)?;
+        Self::check_weights(&config, weights)?;
         Self::build(config, precision, device, base, |name, shape| weights.get(name, shape, precision.weights, device))
+    }
+
+    /// Checks from the headers alone that `weights` are a whole transformer of these dimensions.
+    pub fn check_weights(config: &TransformerConfig, weights: &Weights) -> Result<()> {
+        weights.check(&config.tensors(), may_ignore)
     }
 
     /// A network of random weights, for benchmarks: normal with variance 1 / inputs, norm weights one, biases zero.

@@ -8,6 +8,7 @@ mod config;
 mod load;
 mod positions;
 
+pub use crate::config::Checkpointing;
 pub use block::{Block, Context};
 pub use config::TransformerConfig;
 pub use load::BaseWeights;
@@ -23,21 +24,7 @@ use crate::kernels::modulation::TokenRows;
 use crate::kernels::norm::{modulated_norm, rms_norm};
 use block::{EPS, Keeps};
 use candle_core::{DType, Device, Tensor};
-use serde::{Deserialize, Serialize};
 use std::rc::Rc;
-
-/// What a forward pass keeps of its activations for the backward pass. Adapter gradients are the same bit for bit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Checkpointing {
-    /// Everything.
-    None,
-    /// All but the MLPs, which are computed again.
-    Selective,
-    /// The input of each block; everything else is computed again.
-    #[default]
-    Full,
-}
 
 /// In what types a network is held and run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,165 @@
+//! Filling the caches: captions through the text encoder, images through the VAE, one network in memory at a time.
+
+use super::{CachedSamples, Entry, FillOptions, Filled, Key, LATENTS, PROMPT_EMBEDS, Store, fill, fingerprint};
+use crate::data::image::to_pixels;
+use crate::data::resample::cover_crop;
+use crate::data::{Dataset, Sample};
+use crate::error::{Error, Result};
+use crate::model::source::{NetworkFiles, PipelineFolder};
+use crate::model::text_encoder::{PromptEncoder, Residency, TextEncoder, TextEncoderConfig};
+use crate::model::tokenizer::PromptTokenizer;
+use crate::model::vae::{Vae, VaeConfig};
+use crate::prompt::{TEXT_TO_IMAGE, Template};
+use candle_core::{DType, Device, Tensor};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// What the caches are filled with.
+pub struct CacheRequest<'a> {
+    /// The networks.
+    pub pipeline: &'a PipelineFolder,
+    /// The captioned images.
+    pub dataset: &'a Dataset,
+    /// The shapes in which each image is wanted.
+    pub samples: &'a [Sample],
+    /// Text tokens kept of a caption at most.
+    pub max_sequence_length: usize,
+    /// No progress bars.
+    pub quiet: bool,
+    /// Asked between two entries; true stops with [`Error::interrupted`].
+    pub stop: &'a dyn Fn() -> bool,
+}
+
+/// What filling did.
+pub struct CacheReport {
+    /// Embeddings.
+    pub prompts: Filled,
+    /// Latents.
+    pub latents: Filled,
+}
+
+/// Captions that go through the text encoder together: when it is streamed from disk, once for all of them.
+const PROMPTS_AT_ONCE: usize = 256;
+
+/// Makes sure that all captions (the empty one too) and all images are cached below `dir`.
+///
+/// First the text encoder runs, streamed layer by layer, then the VAE; a network whose entries are all there is never
+/// loaded.
+pub fn fill_caches(dir: &Path, request: &CacheRequest) -> Result<(CachedSamples, CacheReport)> {
+    let store = Store::open(dir)?;
+    let (caption_keys, prompts) = prompt_embeds(&store, request)?;
+    let (latents_of, latents) = image_latents(&store, request)?;
+    let key_of = |caption: &str| caption_keys[caption].clone();
+    let samples = CachedSamples {
+        latents: store.clone(),
+        prompt_embeds: store,
+        latents_of,
+        caption_of: request.dataset.items().iter().map(|item| key_of(&item.caption)).collect(),
+        empty_caption: key_of(""),
+    };
+    Ok((samples, CacheReport { prompts, latents }))
+}
+
+fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashMap<&'a str, Key>, Filled)> {
+    let template = TEXT_TO_IMAGE;
+    let pipeline = request.pipeline;
+    let mut files = network_files(&pipeline.text_encoder)?;
+    files.extend(folder_files(&pipeline.tokenizer)?);
+    let encoder = fingerprint(&files)?;
+    let captions = request.dataset.captions();
+    let key =
+        |c: &&str| Key::prompt_embeds(c, &template.apply("{}"), request.max_sequence_length, &encoder, DType::F32);
+    let keys: Vec<Key> = captions.iter().map(key).collect();
+    let mut networks = None;
+    let options = FillOptions { label: "prompt embeddings", batch_size: PROMPTS_AT_ONCE, quiet: request.quiet };
+    let filled = fill(store, &keys, options, |missing| {
+        check_stop(request)?;
+        if networks.is_none() {
+            let files = &pipeline.text_encoder;
+            let config = TextEncoderConfig::from_file(&files.config)?;
+            let text_encoder = TextEncoder::from_weights(config, files.open()?, Residency::Streamed)?;
+            networks = Some((PromptTokenizer::load(&pipeline.tokenizer)?, text_encoder));
+        }
+        let (tokenizer, text_encoder) = networks.as_ref().expect("loaded above");
+        encode_prompts(
+            tokenizer,
+            text_encoder,
+            template,
+            request.max_sequence_length,
+            missing.iter().map(|&i| captions[i]),
+        )
+    })?;
+    Ok((captions.into_iter().zip(keys).collect(), filled))
+}
+
+fn encode_prompts<'a>(
+    tokenizer: &PromptTokenizer,
+    text_encoder: &TextEncoder,
+    template: Template,
+    max_sequence_length: usize,
+    captions: impl Iterator<Item = &'a str>,
+) -> Result<Vec<Entry>> {
+    let encoder = PromptEncoder { tokenizer, text_encoder, template, max_sequence_length };
+    let embeds = encoder.encode(&captions.collect::<Vec<_>>(), |_| {})?;
+    Ok(embeds.into_iter().map(|e| Entry::from([(PROMPT_EMBEDS.to_string(), e)])).collect())
+}
+
+fn image_latents(store: &Store, request: &CacheRequest) -> Result<(HashMap<Sample, Key>, Filled)> {
+    let vae_print = fingerprint(&network_files(&request.pipeline.vae)?)?;
+    let items = request.dataset.items();
+    let key = |s: &Sample| Key::latents(&items[s.item].image_hash, s.bucket, &vae_print);
+    let keys: Vec<Key> = request.samples.iter().map(key).collect();
+    let mut vae = None;
+    let options = FillOptions { label: "latents", batch_size: 1, quiet: request.quiet };
+    let filled = fill(store, &keys, options, |missing| {
+        check_stop(request)?;
+        if vae.is_none() {
+            let files = &request.pipeline.vae;
+            vae = Some(Vae::from_weights(VaeConfig::from_file(&files.config)?, &files.open()?)?);
+        }
+        let vae = vae.as_ref().expect("loaded above");
+        missing.iter().map(|&i| Ok(Entry::from([(LATENTS.to_string(), encode_image(vae, request, i)?)]))).collect()
+    })?;
+    Ok((request.samples.iter().copied().zip(keys).collect(), filled))
+}
+
+/// The normalised latents (C, h, w) of one sample: the posterior's mode.
+fn encode_image(vae: &Vae, request: &CacheRequest, sample: usize) -> Result<Tensor> {
+    let Sample { bucket, item } = request.samples[sample];
+    let image = cover_crop(&request.dataset.load(item)?, bucket.height(), bucket.width())?;
+    let pixels = Tensor::from_vec(to_pixels(&image), (1, 3, bucket.height(), bucket.width()), &Device::Cpu)?;
+    let latents = vae.config().normalize(&vae.encode(&pixels)?.mean)?;
+    let finite = latents.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite();
+    if !finite {
+        return Err(Error::run(format!("the VAE made NaN or infinity of `{}`", request.dataset.items()[item].path))
+            .hint("the VAE's weights are damaged, or not those of a Qwen-Image VAE"));
+    }
+    Ok(latents.squeeze(0)?)
+}
+
+fn check_stop(request: &CacheRequest) -> Result<()> {
+    if (request.stop)() {
+        return Err(Error::interrupted("stopped while filling the caches").hint("run it again: what is cached stays"));
+    }
+    Ok(())
+}
+
+/// The files of one network that its fingerprint covers: config.json and weights.
+pub fn network_files(files: &NetworkFiles) -> Result<Vec<PathBuf>> {
+    let mut all = match files.weights.is_dir() {
+        true => folder_files(&files.weights)?,
+        false => vec![files.weights.clone()],
+    };
+    if !all.contains(&files.config) {
+        all.push(files.config.clone());
+    }
+    Ok(all)
+}
+
+fn folder_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(|e| Error::io("read the folder", folder, e).into_usage())?;
+    let mut files: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.is_file()).collect();
+    files.retain(|p| matches!(p.extension().and_then(|e| e.to_str()), Some("json" | "safetensors" | "txt")));
+    files.sort();
+    Ok(files)
+}

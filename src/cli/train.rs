@@ -1,0 +1,56 @@
+//! `qwen-lora train`.
+
+use crate::cli::{print_line, use_threads};
+use crate::config::Config;
+use crate::error::Result;
+use crate::train::interrupt;
+use crate::train::run::{Options, train};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+
+/// Train an adapter as a config file says.
+#[derive(Args)]
+pub struct TrainArgs {
+    /// The YAML file that describes the run; `docs/config.md` lists its keys.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Override a key of the config: `--set training.max_steps=100`. May be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Continue the run in the output folder from its last whole checkpoint; start it if there is none.
+    #[arg(long, value_name = "HOW")]
+    resume: Option<Resume>,
+    /// Check config, images and model, say what would be trained, and stop.
+    #[arg(long)]
+    dry_run: bool,
+    /// Threads to compute with [default: all cores].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Show no progress and no notes.
+    #[arg(long)]
+    quiet: bool,
+    /// Print the outcome as one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Resume {
+    /// From the last whole checkpoint.
+    Auto,
+}
+
+/// Runs the verb.
+pub fn run(args: &TrainArgs) -> Result<()> {
+    use_threads(args.threads)?;
+    let config = Config::load(&args.config, &args.sets)?;
+    interrupt::install()?;
+    let options = Options { resume: args.resume.is_some(), dry_run: args.dry_run, quiet: args.quiet };
+    let outcome = train(&config, options)?;
+    if args.json {
+        print_line(outcome.to_json());
+    } else if !args.quiet {
+        print_line(&outcome);
+    }
+    Ok(())
+}

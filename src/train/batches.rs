@@ -1,0 +1,104 @@
+//! From a planned batch to a noisy one: a pure function of (config, seed, batch number).
+
+use crate::cache::CachedSamples;
+use crate::config::Config;
+use crate::data::{Batch, PlannedBatch};
+use crate::error::Result;
+use crate::flow::FlowMatchEuler;
+use crate::flow::loss::{CaptionWeight, Weighting};
+use crate::flow::sigma::SigmaSampler;
+use crate::model::vae::pack;
+use crate::rng::{Purpose, Stream};
+use crate::train::step::NoisyBatch;
+use candle_core::{DType, Device, Tensor};
+
+/// What turns cached samples into training batches.
+pub struct Batches {
+    samples: CachedSamples,
+    seed: u64,
+    sigmas: SigmaSampler,
+    weighting: Weighting,
+    caption_weight: CaptionWeight,
+}
+
+/// A batch ready for the network, and what the metrics say of it.
+pub struct TrainBatch {
+    /// The network's inputs and the target.
+    pub noisy: NoisyBatch,
+    /// Dataset index of each sample.
+    pub items: Vec<usize>,
+    /// Samples whose caption was dropped.
+    pub captions_dropped: usize,
+    /// The epoch it belongs to.
+    pub epoch: u64,
+}
+
+impl Batches {
+    /// Batches from these caches, with the noise levels and loss weights of the config.
+    pub fn new(config: &Config, samples: CachedSamples, scheduler: FlowMatchEuler) -> Self {
+        Self {
+            samples,
+            seed: config.seed,
+            sigmas: SigmaSampler::new(&config.flow, scheduler),
+            weighting: Weighting::new(config.flow.weighting),
+            caption_weight: CaptionWeight::new(config.data.caption_weight, config.data.caption_dropout),
+        }
+    }
+
+    /// The batch of `planned`, with noise and noise levels drawn for (seed, planned.step, item).
+    pub fn training(&self, planned: &PlannedBatch) -> Result<TrainBatch> {
+        let batch = self.samples.batch(planned)?;
+        let tokens = image_tokens(&batch);
+        let sigma = |&item: &usize| {
+            self.sigmas.draw(&mut Stream::new(self.seed, planned.step, item as u64, Purpose::Sigma), tokens)
+        };
+        let sigmas: Vec<f64> = batch.items.iter().map(sigma).collect();
+        let weights = sigmas.iter().zip(&batch.caption_dropped);
+        let weights = weights.map(|(&s, &dropped)| self.weighting.at(s) * self.caption_weight.of(dropped)).collect();
+        Ok(TrainBatch {
+            noisy: self.mix(&batch, &sigmas, weights, |item| (planned.step, item, Purpose::Noise))?,
+            captions_dropped: batch.caption_dropped.iter().filter(|&&d| d).count(),
+            items: batch.items,
+            epoch: planned.epoch,
+        })
+    }
+
+    /// A held-out batch at quantile `(index + 1/2) / count` of the noise levels, always with the same noise.
+    pub fn held_out(&self, planned: &PlannedBatch, index: usize, count: usize) -> Result<NoisyBatch> {
+        let batch = self.samples.batch(planned)?;
+        let sigma = self.sigmas.quantile((index as f64 + 0.5) / count as f64, image_tokens(&batch));
+        let sigmas = vec![sigma; batch.len()];
+        self.mix(&batch, &sigmas, vec![1.0; batch.len()], |item| (index as u64, item, Purpose::HeldOut))
+    }
+
+    fn mix(
+        &self,
+        batch: &Batch,
+        sigmas: &[f64],
+        weights: Vec<f64>,
+        stream: impl Fn(u64) -> (u64, u64, Purpose),
+    ) -> Result<NoisyBatch> {
+        let (samples, channels, height, width) = batch.latents.dims4()?;
+        let mut noise = Vec::with_capacity(batch.latents.elem_count());
+        for &item in &batch.items {
+            let (step, item, purpose) = stream(item as u64);
+            noise.extend(Stream::new(self.seed, step, item, purpose).normals(channels * height * width, 1.0));
+        }
+        let noise = Tensor::from_vec(noise, (samples, channels, height, width), &Device::Cpu)?;
+        NoisyBatch::mix(
+            &pack(&batch.latents.to_dtype(DType::F32)?)?,
+            &pack(&noise)?,
+            batch.prompt_embeds.clone(),
+            batch.lengths.clone(),
+            sigmas.iter().map(|&s| s as f32).collect(),
+            weights,
+            vec![(1, height / 2, width / 2)],
+        )
+    }
+}
+
+/// Image tokens of one sample.
+fn image_tokens(batch: &Batch) -> usize {
+    let dims = batch.latents.dims();
+    dims[2] * dims[3] / 4
+}

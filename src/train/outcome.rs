@@ -1,0 +1,215 @@
+//! How a run ended, for people and as JSON.
+
+use crate::config::{Config, TrainingMode};
+use crate::error::Result;
+use crate::io::Weights;
+use crate::model::source::PipelineFolder;
+use crate::model::transformer::{QwenImageTransformer, TransformerConfig};
+use crate::train::metrics::HeldOutMetrics;
+use crate::train::run_dir::RunDir;
+use crate::train::setup::{self, RunData};
+use crate::train::trainable::Trainable;
+use serde::Serialize;
+use serde_json::{Value as Json, json};
+use std::fmt;
+use std::time::Instant;
+
+/// What became of a call of [`train`](crate::train::run::train).
+pub enum Outcome {
+    /// All steps are done.
+    Finished(Report),
+    /// They were done before.
+    AlreadyFinished {
+        /// The run directory.
+        dir: RunDir,
+        /// Its last step.
+        step: u64,
+    },
+    /// Everything was checked and nothing was trained.
+    DryRun(DryRun),
+}
+
+/// What a run made.
+pub struct Report {
+    dir: RunDir,
+    modules: usize,
+    num_params: usize,
+    began: Instant,
+    first_step: u64,
+    last_step: u64,
+    full: bool,
+    first_held_out: Option<f64>,
+    last_held_out: Option<f64>,
+}
+
+impl Report {
+    /// A report on the run that begins now.
+    pub fn new(dir: &RunDir, trainable: &Trainable, first_step: u64) -> Self {
+        Self {
+            dir: dir.clone(),
+            modules: trainable.names().len() / 2,
+            num_params: trainable.num_params(),
+            began: Instant::now(),
+            first_step,
+            last_step: first_step,
+            full: false,
+            first_held_out: None,
+            last_held_out: None,
+        }
+    }
+
+    /// Notes a measurement.
+    pub fn held_out(&mut self, measured: &HeldOutMetrics) {
+        self.first_held_out.get_or_insert(measured.held_out_loss);
+        self.last_held_out = Some(measured.held_out_loss);
+    }
+
+    /// Notes the end.
+    pub fn finish(&mut self, full: bool, last_step: u64) {
+        (self.full, self.last_step) = (full, last_step);
+    }
+}
+
+/// What a dry run found.
+#[derive(Serialize)]
+pub struct DryRun {
+    images: usize,
+    samples_per_epoch: usize,
+    batches_per_epoch: u64,
+    held_out_samples: usize,
+    captions: usize,
+    max_steps: usize,
+    epochs: f64,
+    buckets: Vec<String>,
+    modules: usize,
+    trainable_params: usize,
+    base_params: usize,
+    notes: Vec<String>,
+}
+
+impl DryRun {
+    /// Checks the model's tensors against its config and the targets against the model, reading headers only.
+    pub fn new(config: &Config, data: &RunData, pipeline: &PipelineFolder) -> Result<Self> {
+        let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
+        let weights: Weights = pipeline.transformer.open()?;
+        QwenImageTransformer::check_weights(&transformer, &weights)?;
+        let base_params = transformer.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
+        let (modules, trainable_params) = match config.training.mode {
+            TrainingMode::Full => (0, base_params),
+            TrainingMode::Lora => {
+                let targets = setup::targets(config, &transformer)?;
+                (targets.len(), targets.iter().map(|t| t.rank * (t.in_features + t.out_features)).sum())
+            }
+        };
+        let batches_per_epoch = data.plan.batches_per_epoch();
+        let mut buckets: Vec<_> = data.samples.iter().map(|s| s.bucket).collect();
+        buckets.sort();
+        let count = |group: &[crate::data::Bucket]| format!("{} x{}", group[0], group.len());
+        let seen = config.training.max_steps * config.training.gradient_accumulation;
+        Ok(Self {
+            images: data.dataset.items().len(),
+            samples_per_epoch: data.plan.training().count(),
+            batches_per_epoch,
+            held_out_samples: data.plan.held_out().len(),
+            captions: data.dataset.captions().len(),
+            max_steps: config.training.max_steps,
+            epochs: seen as f64 / batches_per_epoch as f64,
+            buckets: buckets.chunk_by(|a, b| a == b).map(count).collect(),
+            modules,
+            trainable_params,
+            base_params,
+            notes: data.notices.clone(),
+        })
+    }
+}
+
+impl Outcome {
+    /// One JSON object.
+    pub fn to_json(&self) -> Json {
+        match self {
+            Self::Finished(r) => json!({
+                "outcome": "finished",
+                "steps": r.last_step,
+                "first_step": r.first_step,
+                "seconds": r.began.elapsed().as_secs_f64(),
+                "held_out_loss_first": r.first_held_out,
+                "held_out_loss_last": r.last_held_out,
+                "trainable_params": r.num_params,
+                "output": r.dir.root(),
+                "product": r.product(),
+            }),
+            Self::AlreadyFinished { dir, step } => {
+                json!({"outcome": "already finished", "steps": step, "output": dir.root()})
+            }
+            Self::DryRun(found) => json!({"outcome": "dry run", "found": found}),
+        }
+    }
+}
+
+impl Report {
+    fn product(&self) -> std::path::PathBuf {
+        if self.full { self.dir.transformer() } else { self.dir.adapter() }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Finished(report) => report.fmt(f),
+            Self::AlreadyFinished { dir, step } => {
+                write!(
+                    f,
+                    "the run in `{}` is finished: {step} steps\n  adapter  {}",
+                    dir.root().display(),
+                    dir.adapter().display()
+                )
+            }
+            Self::DryRun(found) => found.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.began.elapsed().as_secs_f64();
+        write!(f, "done: {} steps in {seconds:.1} s", self.last_step - self.first_step)?;
+        if let (Some(first), Some(last)) = (self.first_held_out, self.last_held_out) {
+            write!(f, ", held-out loss {first:.4} -> {last:.4}")?;
+        }
+        let product = self.product();
+        if self.full {
+            write!(f, "\n  transformer  {}", product.display())?;
+        } else {
+            let mib = std::fs::metadata(&product).map(|m| m.len() as f64 / (1 << 20) as f64).unwrap_or_default();
+            write!(f, "\n  adapter      {} ({} modules, {mib:.1} MiB)", product.display(), self.modules)?;
+        }
+        write!(f, "\n  metrics      {}", self.dir.metrics().display())?;
+        write!(f, "\n  checkpoint   {}", self.dir.checkpoint(self.last_step).display())?;
+        if self.full {
+            return write!(f, "\nnext: use it in place of the base model's `transformer` folder");
+        }
+        write!(
+            f,
+            "\nnext: pipe.load_lora_weights(\"{}\") in diffusers, or copy it to ComfyUI/models/loras",
+            product.display()
+        )
+    }
+}
+
+impl fmt::Display for DryRun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))?;
+        writeln!(f, "images      {} with {} different captions", self.images, self.captions)?;
+        writeln!(f, "buckets     {}", self.buckets.join(", "))?;
+        writeln!(
+            f,
+            "epoch       {} samples in {} batches, {} held out",
+            self.samples_per_epoch, self.batches_per_epoch, self.held_out_samples
+        )?;
+        writeln!(f, "run         {} steps, {:.1} epochs", self.max_steps, self.epochs)?;
+        writeln!(f, "base        {:.1} M parameters", self.base_params as f64 / 1e6)?;
+        let modules = if self.modules > 0 { format!(" in {} modules", self.modules) } else { String::new() };
+        writeln!(f, "trained     {:.2} M parameters{modules}", self.trainable_params as f64 / 1e6)?;
+        write!(f, "dry run: nothing was written")
+    }
+}
