@@ -29,16 +29,10 @@ pub fn run(args: &ConfigArgs) -> Result<()> {
     match &args.file {
         Some(file) => {
             let config = Config::load(file, &args.sets)?;
-            print_line(config.to_yaml().trim_end());
+            print_line(config.to_yaml().trim_end())?;
             config.check_supported()
         }
-        None if args.schema => {
-            print_line(reference::schema().trim_end());
-            Ok(())
-        }
-        None => {
-            print_line(reference::markdown().trim_end());
-            Ok(())
-        }
+        None if args.schema => print_line(reference::schema().trim_end()),
+        None => print_line(reference::markdown().trim_end()),
     }
 }

@@ -10,7 +10,7 @@ pub mod train;
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 /// Train LoRA adapters for Qwen-Image.
@@ -66,10 +66,15 @@ pub fn use_threads(threads: Option<usize>) -> Result<()> {
     pool.map_err(|e| Error::run("cannot start the threads").detail(e.to_string()).source(e))
 }
 
-/// Prints a line to stdout. Unlike `println!` it does not panic when the reader has gone (`qwen-lora ... | head`): a
-/// run that has work to finish goes on.
-pub fn print_line(line: impl Display) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+/// Prints a line to stdout. A reader that has gone (`qwen-lora ... | head`) is no error and, unlike with `println!`, no
+/// panic: a run that has work to finish goes on.
+///
+/// Errors: any other failed write, such as to a file on a full disk.
+pub fn print_line(line: impl Display) -> Result<()> {
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(Error::run("cannot write the output").detail(e.to_string())),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! `qwen-lora synth`: writes a synthetic model in the published layout.
 
+use crate::cli::print_line;
 use crate::error::{Error, Result};
 use crate::io::disk::human;
 use crate::model::synth::{self, Precision, Preset, SynthOptions};
@@ -114,13 +115,12 @@ pub fn run(args: &SynthArgs) -> Result<()> {
     let options = args.options()?;
     let written = synth::write(&options, &args.out)?;
     let (out, size) = (args.out.display(), human(written.num_bytes));
-    println!("wrote {out}: {} tensors in {} files, {size}", written.num_tensors, written.num_files);
+    print_line(format_args!("wrote {out}: {} tensors in {} files, {size}", written.num_tensors, written.num_files))?;
     match options.preset {
-        Preset::Tiny => println!("train on it with `model: {out}`"),
-        Preset::Bench => println!("time it with `qwen-lora bench --model {out}`"),
-        Preset::QwenImage => println!("the files are sparse zeros: they take up next to no space"),
+        Preset::Tiny => print_line(format_args!("train on it with `model: {out}`")),
+        Preset::Bench => print_line(format_args!("time it with `qwen-lora bench --model {out}`")),
+        Preset::QwenImage => print_line("the files are sparse zeros: they take up next to no space"),
     }
-    Ok(())
 }
 
 #[cfg(test)]

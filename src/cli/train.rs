@@ -48,9 +48,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let options = Options { resume: args.resume.is_some(), dry_run: args.dry_run, quiet: args.quiet };
     let outcome = train(&config, options)?;
     if args.json {
-        print_line(outcome.to_json());
+        print_line(outcome.to_json())?;
     } else if !args.quiet {
-        print_line(&outcome);
+        print_line(&outcome)?;
     }
     Ok(())
 }

@@ -80,7 +80,7 @@ impl Config {
 
     /// [`Config::load`] on a text; `name` is the file in errors, and its stem the default name of the run.
     pub fn parse(text: &str, name: &Path, sets: &[String]) -> Result<Self> {
-        let mut root = tree::parse(text, name)?;
+        let mut root = tree::parse(text, &format!("`{}` is not a valid config file", name.display()))?;
         for argument in sets {
             tree::set(&mut root, argument, |path| match path {
                 "model" => Some("path"),

@@ -1,0 +1,68 @@
+//! Exit codes and error output of the binary.
+
+use std::process::{Command, Output, Stdio};
+
+fn qwen_lora(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_qwen-lora")).args(args).output().expect("the binary was built for this test")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn exit_codes_and_errors() {
+    let help = qwen_lora(&["--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    let version = qwen_lora(&["--version"]);
+    assert_eq!(String::from_utf8_lossy(&version.stdout).trim(), concat!("qwen-lora ", env!("CARGO_PKG_VERSION")));
+
+    for args in [&[][..], &["cofnig"], &["config"], &["config", "a.yaml", "--unknown"]] {
+        let output = qwen_lora(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
+    }
+
+    let wrong = qwen_lora(&["config", "configs/smoke.yaml", "--set", "lora.rank=0"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert_eq!(
+        stderr(&wrong),
+        "error: wrong value for `lora.rank` in `--set lora.rank=0`\n  \
+         expected a whole number from 1 to 3072, found 0\n"
+    );
+    assert!(wrong.stdout.is_empty());
+}
+
+#[test]
+fn a_config_that_cannot_train_is_printed_and_refused() {
+    let output = qwen_lora(&["config", "configs/anime.yaml"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("pose_loss_weight: 0.8"));
+    assert!(stderr(&output).contains("\nhint: train without it"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_qwen-lora"))
+        .args(["config", "--reference"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_an_error() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let status = Command::new(env!("CARGO_BIN_EXE_qwen-lora"))
+        .args(["config", "configs/smoke.yaml"])
+        .stdout(full)
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(1));
+}
