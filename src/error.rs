@@ -139,7 +139,9 @@ impl std::error::Error for Error {
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        Self::run("tensor operation failed").detail(error.to_string()).source(error)
+        // Candle appends a backtrace to its message where RUST_BACKTRACE is set: `source()` keeps it.
+        let text = error.to_string();
+        Self::run("tensor operation failed").detail(text.lines().next().unwrap_or_default()).source(error)
     }
 }
 

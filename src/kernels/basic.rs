@@ -15,9 +15,9 @@ pub fn add(x: &Value, y: &Value) -> Result<Value> {
 pub fn embedding(table: &Value, rows: &[usize]) -> Result<Value> {
     let ids: Vec<u32> = rows.iter().map(|&r| r as u32).collect();
     let ids = Tensor::new(ids, table.tensor().device())?;
-    let out = table.tensor().index_select(&ids, 0)?;
-    let zeros = table.tensor().clone();
-    Ok(record1(&[table], out, move |grad| Ok(vec![Some(zeros.zeros_like()?.index_add(&ids, &grad, 0)?)])))
+    let contiguous = table.tensor().contiguous()?;
+    let out = contiguous.index_select(&ids, 0)?;
+    Ok(record1(&[table], out, move |grad| Ok(vec![Some(contiguous.zeros_like()?.index_add(&ids, &grad.contiguous()?, 0)?)])))
 }
 
 #[cfg(test)]
