@@ -5,9 +5,9 @@
 
 pub mod adapters;
 pub mod cache;
-pub mod data;
 pub mod cli;
 pub mod config;
+pub mod data;
 pub mod error;
 pub mod flow;
 pub mod io;
@@ -16,4 +16,6 @@ pub mod model;
 pub mod progress;
 pub mod prompt;
 pub mod rng;
+pub mod sample;
 pub mod train;
+pub mod verify;

@@ -1,3 +1,4 @@
 //! The command line: one file per verb, no tensor code.
 
 pub mod synth;
+pub mod verify;

@@ -148,7 +148,7 @@ mod tests {
     fn the_template_has_as_many_tokens_as_with_the_real_tokenizer_and_no_text_is_lost() {
         let dir = tempfile::tempdir().unwrap();
         save(dir.path()).unwrap();
-        let tokenizer = PromptTokenizer::from_folder(dir.path()).unwrap();
+        let tokenizer = PromptTokenizer::load(dir.path()).unwrap();
         assert_eq!(tokenizer.num_prefix_tokens(&TEXT_TO_IMAGE).unwrap(), 34);
         assert_eq!(tokenizer.encode_prompt(&TEXT_TO_IMAGE, "").unwrap().len(), 39);
         assert_eq!(tokenizer.vocab_size(), vocab_size());
