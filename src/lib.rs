@@ -17,4 +17,6 @@ pub mod optim;
 pub mod progress;
 pub mod prompt;
 pub mod rng;
+pub mod sample;
 pub mod train;
+pub mod verify;

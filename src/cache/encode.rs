@@ -84,7 +84,7 @@ fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashM
         encode_prompts(
             tokenizer,
             text_encoder,
-            template,
+            template.clone(),
             request.max_sequence_length,
             missing.iter().map(|&i| captions[i]),
         )

@@ -6,6 +6,7 @@
 pub mod config;
 pub mod synth;
 pub mod train;
+pub mod verify;
 
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
@@ -38,6 +39,7 @@ macro_rules! verbs {
 
 verbs! {
     train: Train(TrainArgs);
+    verify: Verify(VerifyArgs);
     synth: Synth(SynthArgs);
     config: Config(ConfigArgs);
 }

@@ -17,7 +17,9 @@ pub fn embedding(table: &Value, rows: &[usize]) -> Result<Value> {
     let ids = Tensor::new(ids, table.tensor().device())?;
     let contiguous = table.tensor().contiguous()?;
     let out = contiguous.index_select(&ids, 0)?;
-    Ok(record1(&[table], out, move |grad| Ok(vec![Some(contiguous.zeros_like()?.index_add(&ids, &grad.contiguous()?, 0)?)])))
+    Ok(record1(&[table], out, move |grad| {
+        Ok(vec![Some(contiguous.zeros_like()?.index_add(&ids, &grad.contiguous()?, 0)?)])
+    }))
 }
 
 #[cfg(test)]

@@ -75,7 +75,7 @@ impl PromptTokenizer {
 
     /// How many tokens the template's prefix has: the number of leading hidden states to drop.
     pub fn num_prefix_tokens(&self, template: &Template) -> Result<usize> {
-        Ok(self.encode(template.prefix)?.len())
+        Ok(self.encode(&template.prefix)?.len())
     }
 
     /// Tokens that exist, added ones included.
@@ -233,7 +233,7 @@ mod tests {
         let dir = fast_folder();
         let tokenizer = PromptTokenizer::load(dir.path()).unwrap();
         assert_eq!(tokenizer.vocab_size(), 151_665);
-        assert_eq!(tokenizer.encode(TEXT_TO_IMAGE.prefix).unwrap(), PREFIX);
+        assert_eq!(tokenizer.encode(&TEXT_TO_IMAGE.prefix).unwrap(), PREFIX);
         assert_eq!(tokenizer.num_prefix_tokens(&TEXT_TO_IMAGE).unwrap(), 34);
         let prompt = |caption: &str| tokenizer.encode_prompt(&TEXT_TO_IMAGE, caption).unwrap();
         assert_eq!(prompt("A cat"), [&PREFIX[..], &[32, 8251], &SUFFIX].concat());

@@ -1,7 +1,8 @@
 //! Large images in overlapping tiles, blended linearly, so that memory stays bounded.
 //!
-//! As `tiled_encode` and `tiled_decode` of the original, with one difference: the last tile of a row or column is the
-//! first one that reaches the border, so that no sliver without context is computed behind it.
+//! As `tiled_encode` and `tiled_decode` of the original, with two differences. The last tile of a row or column is the
+//! first one that reaches the border, so that no sliver without context is computed behind it. Where four tiles meet
+//! their weights are bilinear; the original blends there what is blended already. Elsewhere the values are the same.
 //! Source: <https://github.com/huggingface/diffusers/blob/6a0233eb7aaa69cc531250f49c47aaf4fa7a62e4/src/diffusers/models/autoencoders/autoencoder_kl_qwenimage.py>
 
 use crate::error::{Error, Result};

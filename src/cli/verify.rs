@@ -1,0 +1,56 @@
+//! `qwen-lora verify`: replays a recorded case of the reference implementation.
+
+use crate::error::{Error, Result};
+use crate::io::safetensors::{RawTensor, write};
+use crate::verify::{Case, run as replay};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Replay recorded values of the reference implementation through our networks, and compare.
+#[derive(clap::Args, Clone, Debug)]
+pub struct VerifyArgs {
+    /// Model folder in the diffusers layout that the values were recorded with.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Folder of the recorded case: golden.safetensors and golden.json.
+    #[arg(long, value_name = "DIR")]
+    pub reference: PathBuf,
+    /// Also compute `adapter.output`: the transformer's output for the `tf.b2_mask` inputs with this adapter active.
+    #[arg(long, value_name = "FILE|CHECKPOINT_DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Write everything that was computed to this safetensors file, under the recorded names.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Print the report as JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Replays the case and prints the report. Errors: a case that cannot be opened; any value outside its limits.
+pub fn run(args: &VerifyArgs) -> Result<()> {
+    let case = Case::open(&args.model, &args.reference, args.adapter.as_deref())?;
+    if !case.model.is_dir() {
+        return Err(Error::usage(format!("there is no model folder `{}`", case.model.display())));
+    }
+    let (report, computed) = replay(&case, |stage| {
+        if !args.json {
+            eprintln!("replaying {stage}");
+        }
+    })?;
+    if let Some(path) = &args.output {
+        let raw = computed.iter().map(|c| RawTensor::from_tensor(&c.name, &c.tensor)).collect::<Result<_>>()?;
+        write(path, raw, &BTreeMap::new())?;
+    }
+    if args.json {
+        println!("{:#}", report.to_json());
+    } else {
+        println!("{report}");
+    }
+    if report.ok() {
+        return Ok(());
+    }
+    let first = report.rows.iter().find(|r| !r.ok).map(|r| format!("first: `{}`", r.name));
+    Err(first
+        .into_iter()
+        .fold(Error::run(format!("the reference is not reproduced: {}", report.summary())), Error::detail))
+}
