@@ -76,10 +76,14 @@ pub fn forward_backward(
     Ok((loss, backward(vec![(prediction, seed)])?))
 }
 
+/// The prediction, packed as `noisy`, without gradients.
+pub fn predict(model: &QwenImageTransformer, batch: &NoisyBatch) -> Result<Tensor> {
+    Ok(no_grad(|| model.forward(batch.inputs(), Checkpointing::None))?.into_tensor())
+}
+
 /// The loss alone.
 pub fn evaluate(model: &QwenImageTransformer, batch: &NoisyBatch) -> Result<Loss> {
-    let prediction = no_grad(|| model.forward(batch.inputs(), Checkpointing::None))?;
-    Ok(flow_matching_loss(prediction.tensor(), batch)?.0)
+    Ok(flow_matching_loss(&predict(model, batch)?, batch)?.0)
 }
 
 /// Weighted mean squared error against the target, summed in f64, and its gradient in the dtype of the prediction.

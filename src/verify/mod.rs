@@ -5,11 +5,13 @@
 
 mod compare;
 mod image;
+mod lora;
 mod pipeline;
 mod report;
 mod scheduler;
 mod text;
 mod tokenizer;
+mod transformer;
 mod vae;
 
 pub use compare::{Row, compare};
@@ -58,7 +60,9 @@ const STAGES: &[Stage] = &[
     Stage { name: "tokenizer", covers: tokenizer::covers, run: tokenizer::run },
     Stage { name: "text", covers: |n| n.starts_with("te.") && !tokenizer::covers(n), run: text::run },
     Stage { name: "vae", covers: |n| n.starts_with("vae."), run: vae::run },
+    Stage { name: "transformer", covers: |n| n.starts_with("tf."), run: transformer::run },
     Stage { name: "pipeline", covers: |n| n.starts_with("pipe."), run: pipeline::run },
+    Stage { name: "lora", covers: |n| n.starts_with("lora."), run: lora::run },
 ];
 
 impl Case {
@@ -123,6 +127,9 @@ pub fn run(case: &Case, mut started: impl FnMut(&str)) -> Result<(Report, Vec<Co
             }
             Err(error) => report.failed.push((stage.name, error)),
         }
+    }
+    if let Some(adapter) = &case.adapter {
+        all.push(lora::adapter_output(case, adapter)?);
     }
     Ok((report, all))
 }

@@ -69,7 +69,8 @@ impl QwenImageTransformer {
         })
     }
 
-    fn build(
+    /// Builds the network from what `tensor` gives for each name and shape of the config.
+    pub fn build(
         config: TransformerConfig,
         precision: Precision,
         device: &Device,
