@@ -81,6 +81,7 @@ fn all_published_tensors_are_accepted_from_their_headers_and_a_wrong_shape_deep_
     let weights = pipeline.transformer.open().unwrap();
     assert_eq!((transformer.len(), weights.files().len()), (1933, 9));
     weights.check(&transformer, |_| false).unwrap();
+    assert_eq!(pipeline.transformer.files().unwrap().len(), 1 + 9);
     let vae = VaeConfig::from_file(&pipeline.vae.config).unwrap().tensors();
     pipeline.vae.open().unwrap().check(&vae, |_| false).unwrap();
     let text_encoder = TextEncoderConfig::from_file(&pipeline.text_encoder.config).unwrap().tensors();
