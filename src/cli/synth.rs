@@ -126,6 +126,8 @@ pub fn run(args: &SynthArgs) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::Weights;
+    use crate::model::transformer::TransformerConfig;
     use clap::Parser;
 
     #[derive(Parser)]
@@ -148,6 +150,20 @@ mod tests {
         let geometry = synth::Geometry { num_layers: 2, num_heads: 3, head_dim: 32, axes: [8, 12, 12], joint_dim: 256 };
         let expected = SynthOptions { preset: Preset::QwenImage, geometry, precision: Precision::F32, seed: 7 };
         assert_eq!(made, expected);
+    }
+
+    #[test]
+    fn bench_writes_the_transformer_into_the_folder_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("deeper/bench");
+        let line = "synth --preset bench --layers 1 --heads 2 --head-dim 16 --axes 4,6,6 --joint-dim 24 --out";
+        let mut cli = Cli::parse_from(line.split(' ').chain(["unused"]));
+        cli.args.out = out.clone();
+        run(&cli.args).unwrap();
+        let tensors = TransformerConfig::from_file(&out.join("config.json")).unwrap().tensors();
+        Weights::open_folder(&out).unwrap().check(&tensors, |_| false).unwrap();
+        assert_eq!(tensors.len(), 13 + 32);
+        assert!(run(&cli.args).unwrap_err().to_string().contains("nothing is overwritten"));
     }
 
     #[test]

@@ -91,12 +91,19 @@ impl MappedFile {
     pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let bytes = self.bytes(name)?;
         let (stored, shape) = self.info(name).expect("bytes() found it");
-        let tensor = decode(bytes, stored, shape, dtype).map_err(|found| {
-            Error::usage(format!("cannot load `{name}` from `{}`", self.path.display()))
-                .expected(format!("a dtype that converts to {}", dtype.as_str()), found)
-        })?;
+        let tensor = decode(bytes, stored, shape, dtype).ok_or_else(|| self.bad_dtype(name, stored, dtype.as_str()))?;
         self.release(bytes);
         Ok(tensor.to_device(device)?)
+    }
+
+    /// The error for a tensor whose storage type does not convert to the type wanted.
+    pub(crate) fn bad_dtype(&self, name: &str, stored: Dtype, wanted: &str) -> Error {
+        let error = Error::usage(format!("cannot load `{name}` from `{}`", self.path.display()))
+            .expected(format!("a dtype that converts to {wanted}"), format!("{stored:?}"));
+        match stored {
+            Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64 | Dtype::I64 => error,
+            _ => error.hint("quantised weights are not read: use the bf16 files of the model"),
+        }
     }
 
     /// Some rows of a matrix, in the given order, as a CPU tensor of `dtype`; the rest is not read.
@@ -116,7 +123,7 @@ impl MappedFile {
         let row_bytes = bytes.len() / height.max(1);
         let gathered: Vec<u8> = rows.iter().flat_map(|r| &bytes[r * row_bytes..(r + 1) * row_bytes]).copied().collect();
         decode(&gathered, stored, &[rows.len(), width], dtype)
-            .map_err(|found| bad(format!("a dtype that converts to {}", dtype.as_str()), found))
+            .ok_or_else(|| self.bad_dtype(name, stored, dtype.as_str()))
     }
 
     /// The values of one float tensor (f32, bf16, f16, f64, fp8) as f32, row-major.
@@ -137,7 +144,8 @@ impl MappedFile {
     pub fn release(&self, bytes: &[u8]) {
         #[cfg(unix)]
         if let Bytes::Mapped(map) = &self.map {
-            let page = 4096;
+            // SAFETY: sysconf only reads. It is negative for unknown names alone.
+            let Ok(page) = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }) else { return };
             let start = (bytes.as_ptr() as usize - map.as_ptr() as usize).next_multiple_of(page);
             let end = (bytes.as_ptr() as usize - map.as_ptr() as usize + bytes.len()) / page * page;
             if end > start {
@@ -273,8 +281,8 @@ fn read<const N: usize, T: Send>(bytes: &[u8], f: impl Fn([u8; N]) -> T + Sync) 
     bytes.par_chunks_exact(N).with_min_len(1 << 16).map(|b| f(b.try_into().expect("chunks of N bytes"))).collect()
 }
 
-/// Bytes of `stored` type as a CPU tensor of `dtype`; `Err` describes the type that does not convert.
-fn decode(bytes: &[u8], stored: Dtype, shape: &[usize], dtype: DType) -> std::result::Result<Tensor, String> {
+/// Bytes of `stored` type as a CPU tensor of `dtype`; `None` if the one does not convert to the other.
+fn decode(bytes: &[u8], stored: Dtype, shape: &[usize], dtype: DType) -> Option<Tensor> {
     use half::{bf16, f16};
     let cpu = &Device::Cpu;
     let tensor = match (stored, dtype) {
@@ -296,9 +304,9 @@ fn decode(bytes: &[u8], stored: Dtype, shape: &[usize], dtype: DType) -> std::re
         (Dtype::I32, DType::I64) => Tensor::from_vec(read(bytes, |b| i64::from(i32::from_le_bytes(b))), shape, cpu),
         (Dtype::U32, DType::U32) => Tensor::from_vec(read(bytes, u32::from_le_bytes), shape, cpu),
         (Dtype::U8 | Dtype::BOOL, DType::U8) => Tensor::from_vec(bytes.to_vec(), shape, cpu),
-        (other, _) => return Err(format!("{other:?}")),
+        _ => return None,
     };
-    tensor.map_err(|e| e.to_string())
+    Some(tensor.expect("the header's check made length and shape agree"))
 }
 
 /// One tensor to be written: name, storage type, shape, little-endian bytes.
@@ -348,18 +356,24 @@ pub fn header_bytes<'a>(
     tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,
     metadata: &BTreeMap<String, String>,
 ) -> Vec<u8> {
-    // serde_json's map is a BTreeMap: keys come out sorted.
-    let mut header = serde_json::Map::new();
+    // Ordered maps and a struct rather than serde_json's own map, whose order is a matter of its build features.
+    #[derive(serde::Serialize)]
+    #[serde(untagged)]
+    enum Entry<'a> {
+        Metadata(&'a BTreeMap<String, String>),
+        Tensor { data_offsets: [usize; 2], dtype: Dtype, shape: &'a [usize] },
+    }
+    let mut header = BTreeMap::new();
     if !metadata.is_empty() {
-        header.insert("__metadata__".into(), serde_json::json!(metadata));
+        header.insert("__metadata__", Entry::Metadata(metadata));
     }
     let mut offset = 0usize;
     for (name, dtype, shape) in tensors {
         let end = offset + shape.iter().product::<usize>() * dtype.bitsize() / 8;
-        header.insert(name.into(), serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}));
+        header.insert(name, Entry::Tensor { data_offsets: [offset, end], dtype, shape });
         offset = end;
     }
-    let mut json = serde_json::Value::Object(header).to_string().into_bytes();
+    let mut json = serde_json::to_vec(&header).expect("strings and numbers have a JSON form");
     json.resize(json.len().next_multiple_of(8), b' ');
     let mut out = (json.len() as u64).to_le_bytes().to_vec();
     out.append(&mut json);

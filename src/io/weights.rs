@@ -3,6 +3,7 @@
 use crate::error::{Error, Result, nearest};
 use crate::io::safetensors::MappedFile;
 use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -168,13 +169,18 @@ impl Weights {
         self.files[self.file_of[name]].rows(name, rows, dtype)
     }
 
-    /// Checks, from the headers alone, that every tensor in `expected` is there with its shape, and that nothing
-    /// else is, unless `may_ignore` says so of its name.
+    /// Checks, from the headers alone, that every tensor in `expected` is there with its shape and as f64, f32, f16
+    /// or bf16, and that nothing else is, unless `may_ignore` says so of its name.
     pub fn check(&self, expected: &[(String, Vec<usize>)], may_ignore: impl Fn(&str) -> bool) -> Result<()> {
         let known: BTreeSet<&str> = expected.iter().map(|(n, _)| n.as_str()).collect();
         let strangers: Vec<&str> = self.names().filter(|n| !known.contains(n) && !may_ignore(n)).collect();
         for (name, shape) in expected {
             self.check_one(name, shape, &strangers)?;
+            let file = &self.files[self.file_of[name]];
+            let (stored, _) = file.info(name).expect("check_one found it");
+            if !matches!(stored, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                return Err(file.bad_dtype(name, stored, "f32 or bf16"));
+            }
         }
         let Some(first) = strangers.first() else { return Ok(()) };
         let file = self.files[self.file_of[*first]].path().display();

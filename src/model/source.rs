@@ -77,6 +77,16 @@ impl NetworkFiles {
     pub fn open(&self) -> Result<Weights> {
         Weights::open(&self.weights)
     }
+
+    /// The config and every weight file, which together are the network's identity in cache keys.
+    ///
+    /// Errors: those of [`Weights::open`].
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        let weights = self.open()?;
+        let mut files = vec![self.config.clone()];
+        files.extend(weights.files().iter().map(|f| f.path().to_path_buf()));
+        Ok(files)
+    }
 }
 
 /// A whole pipeline whose configs are read and fit together, and whose weight files are there.

@@ -32,34 +32,43 @@ pub type Observer = Arc<dyn Fn(&Transferred) + Send + Sync>;
 /// A bar on standard error with bytes, speed and remaining time. It draws nothing where standard error is no
 /// terminal; there a line tells of the start and of the end.
 pub fn progress_bar(label: &str) -> Observer {
-    let bar = Mutex::new(None::<ProgressBar>);
-    let label = label.to_string();
-    Arc::new(move |state| {
-        let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
-        let bar = bar.get_or_insert_with(|| start_bar(&label, state));
-        bar.set_length(state.total_bytes);
-        bar.set_position(state.done_bytes);
-        bar.set_message(format!("{}/{} files", state.num_files_done, state.num_files));
-        if state.is_done() && !bar.is_finished() {
-            bar.finish();
-            if bar.is_hidden() {
-                eprintln!("{label}: downloaded");
-            }
-        }
-    })
+    let bars = Mutex::new(Bars { label: label.to_string(), current: None });
+    Arc::new(move |state| bars.lock().unwrap_or_else(PoisonError::into_inner).show(state))
 }
 
-fn start_bar(label: &str, state: &Transferred) -> ProgressBar {
-    let template =
-        "{prefix} [{wide_bar}] {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  ETA {eta}  {msg}";
-    let style = ProgressStyle::with_template(template).expect("the template is a constant that parses");
-    let bar = ProgressBar::new(state.total_bytes).with_style(style).with_prefix(label.to_string());
-    bar.enable_steady_tick(Duration::from_millis(200));
-    if bar.is_hidden() {
-        let size = crate::io::disk::human(state.total_bytes);
-        eprintln!("{label}: downloading {} files, {size}", state.num_files);
+/// The bar of the phase under way: the small files of a model come first, then its weights.
+struct Bars {
+    label: String,
+    current: Option<ProgressBar>,
+}
+
+impl Bars {
+    fn show(&mut self, state: &Transferred) {
+        let current = self.current.take().filter(|bar| !bar.is_finished());
+        let bar = current.unwrap_or_else(|| self.start(state));
+        bar.set_position(state.done_bytes);
+        bar.set_message(format!("{}/{} files", state.num_files_done, state.num_files));
+        if state.is_done() {
+            bar.finish();
+            if bar.is_hidden() {
+                eprintln!("{}: downloaded", self.label);
+            }
+        }
+        self.current = Some(bar);
     }
-    bar
+
+    fn start(&self, state: &Transferred) -> ProgressBar {
+        let template =
+            "{prefix} [{wide_bar}] {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  ETA {eta}  {msg}";
+        let style = ProgressStyle::with_template(template).expect("the template is a constant that the tests parse");
+        let bar = ProgressBar::new(state.total_bytes).with_style(style).with_prefix(self.label.clone());
+        bar.enable_steady_tick(Duration::from_millis(200));
+        if bar.is_hidden() {
+            let size = crate::io::disk::human(state.total_bytes);
+            eprintln!("{}: downloading {} files, {size}", self.label, state.num_files);
+        }
+        bar
+    }
 }
 
 /// Adds up the files of one download and passes each change on.
@@ -117,5 +126,26 @@ impl ProgressHandler for FileProgress {
                 }
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_phase_has_a_bar_of_its_own() {
+        let mut bars = Bars { label: "Owner/Name".into(), current: None };
+        let mut show = |num_files_done, total_bytes, done_bytes| {
+            bars.show(&Transferred { num_files: 2, num_files_done, total_bytes, done_bytes });
+            let bar = bars.current.as_ref().unwrap();
+            (bar.length(), bar.position(), bar.message(), bar.is_finished())
+        };
+        assert_eq!(show(0, 10, 0), (Some(10), 0, "0/2 files".into(), false));
+        assert_eq!(show(1, 10, 7), (Some(10), 7, "1/2 files".into(), false));
+        // A file that has to be fetched again.
+        assert_eq!(show(1, 10, 4), (Some(10), 4, "1/2 files".into(), false));
+        assert_eq!(show(2, 10, 10), (Some(10), 10, "2/2 files".into(), true));
+        assert_eq!(show(0, 5000, 0), (Some(5000), 0, "0/2 files".into(), false));
     }
 }

@@ -65,15 +65,17 @@ fn fetch_file(
     context: &Context,
 ) -> Result<()> {
     let place = folder.join(&file.path);
+    // Something of another size at its place is left from a download that nobody checked. Files of equal content share
+    // a blob: another worker may have brought it by now.
+    let mut anew = place.exists() && !has_size(&place, file.size);
     let mut attempt = 1;
     loop {
-        // Something of another size at its place is left from a download that nobody checked. Files of equal content
-        // share a blob: another worker may have brought it by now.
-        if !has_size(&place, file.size) {
+        if anew {
             discard(&place)?;
         }
         let progress = Progress::new(FileProgress { tally: tally.clone(), size: file.size });
-        let sent = hub.download_file().filename(file.path.as_str()).revision(commit).progress(progress).send();
+        let request = hub.download_file().filename(file.path.as_str()).revision(commit).progress(progress);
+        let sent = request.force_download(anew).send();
         let failure = match sent {
             Ok(_) => match check_file(&place, file) {
                 Ok(()) => {
@@ -94,6 +96,7 @@ fn fetch_file(
         }
         std::thread::sleep(context.options.retry_delay * (1 << (attempt - 1).min(8)));
         attempt += 1;
+        anew = true;
     }
 }
 

@@ -1,6 +1,6 @@
 //! `synthetic:tiny`: the tiny pipeline, made once and kept in the user's cache folder.
 
-use super::configs::PipelineConfigs;
+use super::configs::{self, PipelineConfigs};
 use super::{Preset, SynthOptions, dense, tokenizer, write};
 use crate::error::{Error, Result};
 use crate::io::Weights;
@@ -58,7 +58,7 @@ fn hash(options: &SynthOptions) -> Result<String> {
         "{VERSION} {options:?} {:?} {} {} {} {} {}",
         [dense::TRANSFORMER, dense::VAE, dense::TEXT_ENCODER],
         configs.scheduler,
-        configs.transformer,
+        configs::transformer(&options.geometry),
         configs.vae,
         configs.text_encoder,
         tokenizer::vocab_size()

@@ -5,11 +5,10 @@ use crate::error::{Error, Result};
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// The configs of a pipeline's parts.
+/// The configs of a pipeline beside the transformer's.
 pub struct PipelineConfigs {
     pub model_index: Value,
     pub scheduler: Value,
-    pub transformer: Value,
     pub vae: Value,
     pub text_encoder: Value,
 }
@@ -27,7 +26,6 @@ impl PipelineConfigs {
         Ok(Self {
             model_index: model_index(),
             scheduler: scheduler(),
-            transformer: transformer(&options.geometry),
             vae: vae(if options.preset == Preset::QwenImage { 96 } else { 8 }),
             text_encoder: text.config(),
         })
@@ -75,7 +73,8 @@ fn scheduler() -> Value {
     })
 }
 
-fn transformer(geometry: &Geometry) -> Value {
+/// The transformer's config.
+pub fn transformer(geometry: &Geometry) -> Value {
     json!({
         "_class_name": "QwenImageTransformer2DModel",
         "_diffusers_version": DIFFUSERS_VERSION,

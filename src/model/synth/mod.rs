@@ -144,10 +144,10 @@ fn beside(out: &Path) -> Result<PathBuf> {
 }
 
 fn write_into(options: &SynthOptions, folder: &Path) -> Result<Written> {
-    let configs = PipelineConfigs::of(options)?;
     if options.preset == Preset::Bench {
-        return write_transformer(options, &configs, folder);
+        return write_transformer(options, folder);
     }
+    let configs = PipelineConfigs::of(options)?;
     let subfolder = |name: &str| -> Result<PathBuf> {
         let path = folder.join(name);
         fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, e))?;
@@ -156,7 +156,7 @@ fn write_into(options: &SynthOptions, folder: &Path) -> Result<Written> {
     configs::save(&folder.join("model_index.json"), &configs.model_index)?;
     configs::save(&subfolder("scheduler")?.join("scheduler_config.json"), &configs.scheduler)?;
     tokenizer::save(&subfolder("tokenizer")?)?;
-    let mut written = write_transformer(options, &configs, &subfolder("transformer")?)?;
+    let mut written = write_transformer(options, &subfolder("transformer")?)?;
 
     let vae = subfolder("vae")?;
     configs::save(&vae.join("config.json"), &configs.vae)?;
@@ -174,9 +174,9 @@ fn write_into(options: &SynthOptions, folder: &Path) -> Result<Written> {
 /// What diffusers calls the weight files of its own networks.
 const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 
-fn write_transformer(options: &SynthOptions, configs: &PipelineConfigs, folder: &Path) -> Result<Written> {
+fn write_transformer(options: &SynthOptions, folder: &Path) -> Result<Written> {
     let config = folder.join("config.json");
-    configs::save(&config, &configs.transformer)?;
+    configs::save(&config, &configs::transformer(&options.geometry))?;
     let tensors = TransformerConfig::from_file(&config)?.tensors();
     let law = if options.preset == Preset::Bench { dense::BENCH } else { dense::TRANSFORMER };
     shards::save(folder, DIFFUSERS_STEM, tensors, options.precision, &content(options, "transformer", law))
