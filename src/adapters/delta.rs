@@ -175,20 +175,24 @@ impl Delta {
 pub const ROWS_AT_ONCE: usize = 64;
 
 impl Magnitude {
+    /// The factor that brings a row or column whose squares sum up to `squares` to the stored norm.
+    pub fn ratio(stored: f32, squares: f64) -> f32 {
+        (f64::from(stored) / (squares.sqrt() + f64::from(f32::EPSILON))) as f32
+    }
+
     /// For each row or column: stored norm / norm of the changed weight there.
     fn scales(&self, changed: &Matrix) -> Vec<f32> {
-        let ratio = |stored: f32, squares: f64| (f64::from(stored) / (squares.sqrt() + f64::from(f32::EPSILON))) as f32;
         match self {
             Self::Rows(stored) => {
                 let squares = |i: usize| changed.row(i).iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-                stored.iter().enumerate().map(|(i, &m)| ratio(m, squares(i))).collect()
+                stored.iter().enumerate().map(|(i, &m)| Self::ratio(m, squares(i))).collect()
             }
             Self::Columns(stored) => {
                 let mut squares = vec![0f64; changed.cols];
                 for i in 0..changed.rows {
                     squares.iter_mut().zip(changed.row(i)).for_each(|(s, &v)| *s += f64::from(v) * f64::from(v));
                 }
-                stored.iter().zip(squares).map(|(&m, s)| ratio(m, s)).collect()
+                stored.iter().zip(squares).map(|(&m, s)| Self::ratio(m, s)).collect()
             }
         }
     }

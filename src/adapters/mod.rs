@@ -7,6 +7,7 @@ pub mod file;
 pub mod linalg;
 pub mod lora;
 pub mod matrix;
+pub mod merge;
 pub mod read;
 pub mod target;
 

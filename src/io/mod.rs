@@ -1,8 +1,11 @@
 //! Files: safetensors in and out, JSON configs, atomic writes, models from the hub.
 
 pub mod atomic;
+pub mod checkpoint;
 pub mod disk;
+pub mod floats;
 pub mod fp8;
+pub mod gguf;
 pub mod hub;
 pub mod json;
 pub mod safetensors;

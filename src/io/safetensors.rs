@@ -5,7 +5,7 @@
 //! Format: <https://github.com/huggingface/safetensors/blob/v0.5.3/README.md#format>
 
 use crate::error::{Error, Result};
-use crate::io::write_atomic;
+use crate::io::{floats, write_atomic};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -60,6 +60,14 @@ impl MappedFile {
         let mut names: Vec<String> = self.header.tensors().into_keys().collect();
         names.sort();
         names
+    }
+
+    /// Tensor names in the order of their data.
+    pub fn names_by_offset(&self) -> Vec<String> {
+        let mut names: Vec<(usize, String)> =
+            self.header.tensors().into_iter().map(|(name, info)| (info.data_offsets.0, name)).collect();
+        names.sort();
+        names.into_iter().map(|(_, name)| name).collect()
     }
 
     /// The `__metadata__` entries, sorted.
@@ -132,10 +140,11 @@ impl MappedFile {
     pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
         let bytes = self.bytes(name)?;
         let (stored, _) = self.info(name).expect("bytes() found it");
-        let values = floats(bytes, stored).ok_or_else(|| {
-            Error::usage(format!("cannot load `{name}` from `{}`", self.path.display()))
-                .expected("a float type", format!("{stored:?}"))
-        })?;
+        if !floats::is_float(stored) {
+            return Err(Error::usage(format!("cannot load `{name}` from `{}`", self.path.display()))
+                .expected("a float type", format!("{stored:?}")));
+        }
+        let values = floats::widened(bytes, stored);
         self.release(bytes);
         Ok(values)
     }
@@ -253,28 +262,7 @@ fn declared_length(map: &[u8]) -> Option<u64> {
     let end = usize::try_from(header_length).ok()?.checked_add(8)?;
     let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(map.get(8..end)?).ok()?;
     let ends = header.values().filter_map(|t| t.get("data_offsets")?.get(1)?.as_u64());
-    Some(8 + header_length + ends.max().unwrap_or(0))
-}
-
-/// Bytes of a float type (f32, bf16, f16, f64, fp8) as f32; `None` if it is another type.
-pub fn floats(bytes: &[u8], stored: Dtype) -> Option<Vec<f32>> {
-    use crate::io::fp8;
-    use half::{bf16, f16};
-    Some(match stored {
-        Dtype::F32 => read(bytes, f32::from_le_bytes),
-        Dtype::BF16 => read(bytes, |b| bf16::from_le_bytes(b).to_f32()),
-        Dtype::F16 => read(bytes, |b| f16::from_le_bytes(b).to_f32()),
-        Dtype::F64 => read(bytes, |b| f64::from_le_bytes(b) as f32),
-        Dtype::F8_E4M3 => {
-            let table = fp8::table(fp8::e4m3);
-            read(bytes, |b: [u8; 1]| table[usize::from(b[0])])
-        }
-        Dtype::F8_E5M2 => {
-            let table = fp8::table(fp8::e5m2);
-            read(bytes, |b: [u8; 1]| table[usize::from(b[0])])
-        }
-        _ => return None,
-    })
+    header_length.checked_add(8)?.checked_add(ends.max().unwrap_or(0))
 }
 
 fn read<const N: usize, T: Send>(bytes: &[u8], f: impl Fn([u8; N]) -> T + Sync) -> Vec<T> {

@@ -3,6 +3,7 @@
 use super::alpha::{AlphaSource, StatedAlpha};
 use super::key::{Component, Part, parse_key};
 use super::{AdapterFile, Kind, ModuleEntry, Problem, ReadOptions, SourceKey, count};
+use crate::io::floats::is_float;
 use crate::io::safetensors::MappedFile;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
@@ -63,9 +64,8 @@ fn group(file: &MappedFile, options: &ReadOptions) -> (BTreeMap<(Component, Stri
             }
         };
         let (dtype, _) = file.info(&name).expect("a name of this file");
-        use Dtype::{BF16, F8_E4M3, F8_E5M2, F16, F32, F64, I32, I64};
-        let integer_alpha = parsed.part == Part::Alpha && matches!(dtype, I64 | I32);
-        if !integer_alpha && !matches!(dtype, F32 | BF16 | F16 | F64 | F8_E4M3 | F8_E5M2) {
+        let integer_alpha = parsed.part == Part::Alpha && matches!(dtype, Dtype::I64 | Dtype::I32);
+        if !integer_alpha && !is_float(dtype) {
             problems.push(Problem::Misshapen(name, format!("is stored as {dtype:?}, which no adapter uses")));
             continue;
         }

@@ -1,0 +1,8 @@
+//! Merging adapters: into a base model, or into one adapter.
+
+pub mod base;
+mod change;
+mod stream;
+
+pub use base::{Base, OutputForm, Written};
+pub use change::Weighted;

@@ -1,0 +1,45 @@
+//! What the tests of adapters share: the recorded cases and a way to look at deltas.
+#![allow(dead_code)] // each test file uses a part of it
+
+use qwen_lora::adapters::matrix::Matrix;
+use qwen_lora::adapters::read::{AdapterFile, Component, ModuleTable, ReadOptions};
+use qwen_lora::model::transformer::TransformerConfig;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// A file or folder of a recorded case, such as `case_a/lora/kohya_lora_unet.safetensors`.
+pub fn fixture(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/reference").join(path)
+}
+
+/// The modules of a case's transformer.
+pub fn table(case: &str) -> ModuleTable {
+    let config = TransformerConfig::from_file(&fixture(case).join("pipe/transformer/config.json")).unwrap();
+    ModuleTable::new(&config.modules())
+}
+
+/// Strict reading.
+pub fn options(table: &ModuleTable) -> ReadOptions<'_> {
+    ReadOptions { table, text_encoder: None, alpha: None, allow_unmatched: false }
+}
+
+/// Every module's delta, multiplied out.
+pub fn deltas(path: &Path, options: &ReadOptions) -> BTreeMap<String, Matrix> {
+    let adapter = AdapterFile::open(path, options).unwrap();
+    let modules = adapter.modules(Component::Transformer);
+    modules.iter().map(|(name, entry)| (name.clone(), adapter.delta(name, entry).unwrap().dense())).collect()
+}
+
+/// The largest difference of any element, over the largest element of `want`.
+pub fn worst(got: &BTreeMap<String, Matrix>, want: &BTreeMap<String, Matrix>) -> f32 {
+    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
+    let (mut worst, mut largest) = (0f32, 0f32);
+    for (name, want) in want {
+        assert_eq!((got[name].rows, got[name].cols), (want.rows, want.cols), "{name}");
+        for (g, w) in got[name].data.iter().zip(&want.data) {
+            worst = worst.max((g - w).abs());
+            largest = largest.max(w.abs());
+        }
+    }
+    worst / largest
+}
