@@ -49,7 +49,7 @@ pub fn fill_caches(dir: &Path, request: &CacheRequest) -> Result<(CachedSamples,
     let store = Store::open(dir)?;
     let (caption_keys, prompts) = prompt_embeds(&store, request)?;
     let (latents_of, latents) = image_latents(&store, request)?;
-    let key_of = |caption: &str| caption_keys[caption].clone();
+    let key_of = |caption: &str| caption_keys[caption];
     let samples = CachedSamples {
         latents: store.clone(),
         prompt_embeds: store,

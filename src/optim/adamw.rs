@@ -219,7 +219,7 @@ mod tests {
     /// Gradients of step `t`: of p0 always, of p1 none in odd steps, of p2 all zero from step 3 on.
     fn grads(t: u64) -> Vec<Option<Tensor>> {
         let normals = |i| Stream::new(2, t, i, Purpose::Bench).normals(5, 0.1);
-        let p1 = (t % 2 == 0).then(|| tensor(&normals(1)));
+        let p1 = t.is_multiple_of(2).then(|| tensor(&normals(1)));
         let p2 = if t >= 3 { vec![0.0; 5] } else { normals(2) };
         vec![Some(tensor(&normals(0))), p1, Some(tensor(&p2))]
     }

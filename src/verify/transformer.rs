@@ -113,7 +113,7 @@ fn folder(case: &Case) -> PathBuf {
 pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
     let names = case.golden.names();
     let calls: BTreeSet<&str> =
-        names.iter().filter_map(|n| Some(n.strip_prefix("tf.")?.strip_suffix(".hidden_states")?)).collect();
+        names.iter().filter_map(|n| n.strip_prefix("tf.")?.strip_suffix(".hidden_states")).collect();
     let plain = load(case, DType::F32, |_| {})?;
     let mut computed = Vec::new();
     for call in calls {
