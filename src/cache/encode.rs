@@ -5,7 +5,7 @@ use crate::data::image::to_pixels;
 use crate::data::resample::cover_crop;
 use crate::data::{Dataset, Sample};
 use crate::error::{Error, Result};
-use crate::model::source::{NetworkFiles, PipelineFolder};
+use crate::model::source::PipelineFolder;
 use crate::model::text_encoder::{PromptEncoder, Residency, TextEncoder, TextEncoderConfig};
 use crate::model::tokenizer::PromptTokenizer;
 use crate::model::vae::{Vae, VaeConfig};
@@ -63,7 +63,7 @@ pub fn fill_caches(dir: &Path, request: &CacheRequest) -> Result<(CachedSamples,
 fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashMap<&'a str, Key>, Filled)> {
     let template = TEXT_TO_IMAGE;
     let pipeline = request.pipeline;
-    let mut files = network_files(&pipeline.text_encoder)?;
+    let mut files = pipeline.text_encoder.files()?;
     files.extend(folder_files(&pipeline.tokenizer)?);
     let encoder = fingerprint(&files)?;
     let captions = request.dataset.captions();
@@ -105,7 +105,7 @@ fn encode_prompts<'a>(
 }
 
 fn image_latents(store: &Store, request: &CacheRequest) -> Result<(HashMap<Sample, Key>, Filled)> {
-    let vae_print = fingerprint(&network_files(&request.pipeline.vae)?)?;
+    let vae_print = fingerprint(&request.pipeline.vae.files()?)?;
     let items = request.dataset.items();
     let key = |s: &Sample| Key::latents(&items[s.item].image_hash, s.bucket, &vae_print);
     let keys: Vec<Key> = request.samples.iter().map(key).collect();
@@ -144,18 +144,7 @@ fn check_stop(request: &CacheRequest) -> Result<()> {
     Ok(())
 }
 
-/// The files of one network that its fingerprint covers: config.json and weights.
-pub fn network_files(files: &NetworkFiles) -> Result<Vec<PathBuf>> {
-    let mut all = match files.weights.is_dir() {
-        true => folder_files(&files.weights)?,
-        false => vec![files.weights.clone()],
-    };
-    if !all.contains(&files.config) {
-        all.push(files.config.clone());
-    }
-    Ok(all)
-}
-
+/// The tokenizer's files.
 fn folder_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(folder).map_err(|e| Error::io("read the folder", folder, e).into_usage())?;
     let mut files: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.is_file()).collect();

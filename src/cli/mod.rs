@@ -3,6 +3,7 @@
 //!
 //! A new verb takes two lines: its `pub mod`, and its entry in `verbs!`.
 
+pub mod bench;
 pub mod config;
 pub mod synth;
 pub mod train;
@@ -40,6 +41,7 @@ macro_rules! verbs {
 verbs! {
     train: Train(TrainArgs);
     verify: Verify(VerifyArgs);
+    bench: Bench(BenchArgs);
     synth: Synth(SynthArgs);
     config: Config(ConfigArgs);
 }

@@ -254,9 +254,9 @@ mod tests {
     fn ten_steps_match_the_formula_with_missing_and_zero_gradients() {
         let mirrored = AdamWOptions { beta1: 0.3, weight_decay: 0.1, eps: 1e-3, ..OPTIONS };
         for options in [OPTIONS, mirrored] {
-            let (mut params, mut optimizer) = (params(), AdamW::new(options));
+            let (params, mut optimizer) = (params(), AdamW::new(options));
             for t in 0..10 {
-                optimizer.step(&mut params, &grads(t), LR).unwrap();
+                optimizer.step(&params, &grads(t), LR).unwrap();
             }
             for (ours, exact) in values(&params).iter().flatten().zip(reference(10, options).iter().flatten()) {
                 // Weights up to 1.5 in f32, ten roundings each way.
@@ -267,11 +267,11 @@ mod tests {
 
     #[test]
     fn no_gradient_leaves_alone_and_a_zero_gradient_decays() {
-        let mut params = params();
+        let params = params();
         let before = values(&params);
         let zero = tensor(&[0.0; 5]);
         let mut optimizer = AdamW::new(OPTIONS);
-        optimizer.step(&mut params, &[None, Some(zero), None], LR).unwrap();
+        optimizer.step(&params, &[None, Some(zero), None], LR).unwrap();
         let after = values(&params);
         assert_eq!((&before[0], &before[2]), (&after[0], &after[2]));
         let shrink = (1.0 - LR * OPTIONS.weight_decay) as f32;
@@ -282,7 +282,7 @@ mod tests {
 
     #[test]
     fn saved_and_loaded_in_the_middle_it_goes_on_bit_for_bit() {
-        let (mut straight, mut optimizer) = (params(), AdamW::new(OPTIONS));
+        let (straight, mut optimizer) = (params(), AdamW::new(OPTIONS));
         let mut resumed = None;
         for t in 0..8 {
             if t == 3 {
@@ -290,13 +290,13 @@ mod tests {
                 let copies = straight.iter().map(|p| Parameter { name: p.name.clone(), tensor: p.tensor.clone() });
                 resumed = Some((copies.collect::<Vec<_>>(), state));
             }
-            optimizer.step(&mut straight, &grads(t), LR).unwrap();
+            optimizer.step(&straight, &grads(t), LR).unwrap();
         }
-        let (mut resumed, state) = resumed.unwrap();
+        let (resumed, state) = resumed.unwrap();
         let mut optimizer = AdamW::new(OPTIONS);
         optimizer.load_state(&resumed, state).unwrap();
         for t in 3..8 {
-            optimizer.step(&mut resumed, &grads(t), LR).unwrap();
+            optimizer.step(&resumed, &grads(t), LR).unwrap();
         }
         assert_eq!(values(&straight), values(&resumed));
     }
@@ -306,10 +306,10 @@ mod tests {
         let run = |threads| {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
                 let normals = |i| tensor(&Stream::new(3, 0, i, Purpose::Bench).normals(100_001, 1.0));
-                let mut params = vec![Parameter { name: "p".into(), tensor: normals(0) }];
+                let params = vec![Parameter { name: "p".into(), tensor: normals(0) }];
                 let mut optimizer = AdamW::new(OPTIONS);
                 for t in 1..4 {
-                    optimizer.step(&mut params, &[Some(normals(t))], LR).unwrap();
+                    optimizer.step(&params, &[Some(normals(t))], LR).unwrap();
                 }
                 values(&params)
             })
@@ -319,8 +319,8 @@ mod tests {
 
     #[test]
     fn a_state_that_does_not_fit_is_refused() {
-        let (mut params, mut optimizer) = (params(), AdamW::new(OPTIONS));
-        optimizer.step(&mut params, &grads(0), LR).unwrap();
+        let (params, mut optimizer) = (params(), AdamW::new(OPTIONS));
+        optimizer.step(&params, &grads(0), LR).unwrap();
         let state = || optimizer.state_tensors(&params).unwrap();
         let refused = |state| AdamW::new(OPTIONS).load_state(&params, state).unwrap_err().to_string();
         assert!(refused(state()[1..].to_vec()).contains("state of `p0` is incomplete"));
@@ -337,9 +337,9 @@ mod tests {
 
     #[test]
     fn a_gradient_of_another_shape_is_refused() {
-        let mut params = params();
-        let error = AdamW::new(OPTIONS).step(&mut params, &[Some(tensor(&[1.0])), None, None], LR).unwrap_err();
+        let params = params();
+        let error = AdamW::new(OPTIONS).step(&params, &[Some(tensor(&[1.0])), None, None], LR).unwrap_err();
         assert!(error.to_string().contains("does not fit `p0`"), "{error}");
-        assert!(AdamW::new(OPTIONS).step(&mut params, &[None], LR).is_err());
+        assert!(AdamW::new(OPTIONS).step(&params, &[None], LR).is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! Training: what is trained, one step, the run.
 
 pub mod batches;
+pub mod bench;
 pub mod checkpoint;
 pub mod held_out;
 pub mod interrupt;

@@ -2,7 +2,6 @@
 
 use crate::adapters::file::Provenance;
 use crate::adapters::{Init, LoraAdapter, LoraScaling, Target, TargetEntry, resolve_targets};
-use crate::cache::encode::network_files;
 use crate::cache::fingerprint;
 use crate::config::{Config, LoraInit, TrainingMode};
 use crate::data::{Buckets, Dataset, Plan, PlanSettings, Sample, place};
@@ -259,7 +258,7 @@ fn another_kind(expected: &str, found: &str) -> Error {
 
 /// Fingerprint of the base transformer.
 pub fn base_fingerprint(pipeline: &PipelineFolder) -> Result<String> {
-    fingerprint(&network_files(&pipeline.transformer)?)
+    fingerprint(&pipeline.transformer.files()?)
 }
 
 /// What the adapter's metadata says of its origin.

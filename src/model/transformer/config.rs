@@ -71,7 +71,8 @@ impl TransformerConfig {
         Ok(config)
     }
 
-    fn check(&self) -> std::result::Result<(), String> {
+    /// Checks that the dimensions fit together; `Err` says how they do not.
+    pub fn check(&self) -> std::result::Result<(), String> {
         let sum: usize = self.axes_dims_rope.iter().sum();
         if sum != self.attention_head_dim {
             return Err(format!("axes_dims_rope adds up to {sum}, attention_head_dim is {}", self.attention_head_dim));

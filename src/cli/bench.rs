@@ -1,0 +1,138 @@
+//! `qwen-lora bench`.
+
+use crate::cli::{print_line, use_threads};
+use crate::config::Checkpointing;
+use crate::error::{Error, Result};
+use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
+use crate::train::bench::{Shape, bench};
+use candle_core::{DType, Device};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+
+/// Time real training steps (noising, forward, loss, backward, clipping, AdamW); the last line is JSON.
+#[derive(Args)]
+pub struct BenchArgs {
+    /// Folder of a transformer: config.json and weights. Without it, random weights of the geometry below.
+    #[arg(long, value_name = "TRANSFORMER_DIR", conflicts_with_all = ["layers", "heads", "head_dim", "axes", "joint_dim"])]
+    model: Option<PathBuf>,
+    /// Blocks.
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    layers: usize,
+    /// Attention heads.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    heads: usize,
+    /// Width of a head.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    head_dim: usize,
+    /// Rotary dimensions of frame, height and width.
+    #[arg(long, value_name = "T,H,W", value_delimiter = ',', default_values_t = [8, 28, 28])]
+    axes: Vec<usize>,
+    /// Width of the text features.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    joint_dim: usize,
+    /// Rows and columns of the image in latent patches of 16 pixels.
+    #[arg(long, value_name = "H,W", value_delimiter = ',', default_values_t = [16, 16])]
+    grid: Vec<usize>,
+    /// Text tokens; the last sample of the batch has three quarters of them.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    text: usize,
+    /// Samples in a step.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    batch: usize,
+    /// Rank of the adapter.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    rank: usize,
+    /// What is adapted, as in `lora.target_modules`.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = ["qkv", "mlp", "fusion"].map(String::from))]
+    targets: Vec<String>,
+    /// Timed steps.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    steps: usize,
+    /// Steps before the timed ones.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    warmup: usize,
+    /// Threads to compute with [default: all cores].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Type of base weights and activations.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: BenchDtype,
+    /// What the forward pass keeps.
+    #[arg(long, value_enum, default_value = "none")]
+    checkpointing: BenchCheckpointing,
+    /// Seed of random weights and data.
+    #[arg(long, default_value_t = 7)]
+    seed: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum BenchDtype {
+    F32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum BenchCheckpointing {
+    None,
+    Selective,
+    Full,
+}
+
+/// Runs the verb.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    use_threads(args.threads)?;
+    let precision = Precision::uniform(match args.dtype {
+        BenchDtype::F32 => DType::F32,
+        BenchDtype::Bf16 => DType::BF16,
+    });
+    let checkpointing = match args.checkpointing {
+        BenchCheckpointing::None => Checkpointing::None,
+        BenchCheckpointing::Selective => Checkpointing::Selective,
+        BenchCheckpointing::Full => Checkpointing::Full,
+    };
+    let list = |flag: &str, list: &[usize], n: usize| match list.len() == n && list.iter().all(|&v| v > 0) {
+        true => Ok(list.to_vec()),
+        false => Err(Error::usage(format!("`--{flag}` wants {n} positive numbers")).expected(n, format!("{list:?}"))),
+    };
+    let grid = list("grid", &args.grid, 2)?;
+    for (flag, value) in [("text", args.text), ("batch", args.batch), ("rank", args.rank), ("steps", args.steps)] {
+        if value == 0 {
+            return Err(Error::usage(format!("`--{flag}` is 0")).expected("1 or more", 0));
+        }
+    }
+    let device = Device::Cpu;
+    let model = match &args.model {
+        Some(folder) => QwenImageTransformer::load(folder, precision, &device, BaseWeights::Frozen)?,
+        None => {
+            let axes = list("axes", &args.axes, 3)?;
+            let config = TransformerConfig {
+                patch_size: 2,
+                in_channels: 64,
+                out_channels: 16,
+                num_layers: args.layers,
+                attention_head_dim: args.head_dim,
+                num_attention_heads: args.heads,
+                joint_attention_dim: args.joint_dim,
+                axes_dims_rope: [axes[0], axes[1], axes[2]],
+                zero_cond_t: false,
+                use_additional_t_cond: false,
+                use_layer3d_rope: false,
+            };
+            config.check().map_err(|e| Error::usage("these dimensions do not fit together").detail(e))?;
+            QwenImageTransformer::random(config, args.seed, precision, &device, BaseWeights::Frozen)?
+        }
+    };
+    let shape = Shape {
+        grid: (grid[0], grid[1]),
+        text_tokens: args.text,
+        batch: args.batch,
+        rank: args.rank,
+        targets: args.targets.clone(),
+        steps: args.steps,
+        warmup: args.warmup,
+        checkpointing,
+        seed: args.seed,
+    };
+    let report = bench(model, &shape, |step, seconds| eprintln!("step {step}: {seconds:.4} s"))?;
+    print_line(serde_json::to_string(&report).expect("a report is plain data"))
+}
