@@ -1,6 +1,7 @@
 //! Every recorded value of the reference cases is reproduced, and what is not reproduced is seen.
 
 use candle_core::{DType, Device, Tensor};
+use qwen_lora::cli::verify::{VerifyArgs, run as verify_command};
 use qwen_lora::io::Weights;
 use qwen_lora::io::safetensors::{MappedFile, RawTensor, write};
 use qwen_lora::kernels::{Value, backward};
@@ -232,4 +233,36 @@ fn a_loss_on_decoded_pixels_reaches_the_latent() {
         // In f32, over a step that cannot be small: the curvature leaves a part in a thousand.
         assert!((dot - numeric).abs() < 2e-3 * f64::from(values(&grad).iter().map(|g| g * g).sum::<f32>().sqrt()));
     }
+}
+
+#[test]
+fn the_command_writes_what_it_computed_and_fails_on_a_deviation() {
+    let args = |reference: PathBuf, output: &Path, json| VerifyArgs {
+        model: self::reference("case_b").join("pipe"),
+        reference,
+        adapter: None,
+        output: Some(output.into()),
+        json,
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("computed.safetensors");
+    let only = |kept: &'static str| edited("case_b", move |name, t| name.starts_with(kept).then_some(t));
+    let images = only("img.");
+    verify_command(&args(images.path().into(), &output, true)).unwrap();
+    let (computed, golden) =
+        (MappedFile::open(&output).unwrap(), MappedFile::open(&images.path().join("golden.safetensors")).unwrap());
+    assert_eq!(computed.names(), golden.names());
+    for name in golden.names() {
+        assert_eq!(computed.info(&name), golden.info(&name), "dtype and shape of {name}");
+    }
+
+    let wrong = edited("case_b", |name, t| name.starts_with("sched.train.").then(|| (t + 0.01).unwrap()));
+    let error = verify_command(&args(wrong.path().into(), &output, false)).unwrap_err();
+    assert_eq!(error.exit_code(), 1);
+    assert!(error.to_string().contains("0 of 2 values within limits"), "{error}");
+    assert!(MappedFile::open(&output).unwrap().info("sched.train.sigmas").is_some(), "written all the same");
+
+    let error = verify_command(&args(dir.path().join("nowhere"), &output, false)).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("golden.safetensors"), "{error}");
 }

@@ -22,8 +22,8 @@ use std::path::Path;
 /// Where the layers are between two calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Residency {
-    /// On disk: each layer is read, run over all prompts, and dropped. The published model then needs about 1 GB
-    /// instead of 14.
+    /// On disk: each layer is read, run over all prompts, and dropped. The published model then needs 1.0 GB for one
+    /// prompt and 1.6 GB for 2,500 tokens, instead of the 15 GB of its weights in bf16.
     Streamed,
     /// In memory, in this dtype (f32, or bf16 for half the memory). Computation is in f32 either way.
     Resident(DType),

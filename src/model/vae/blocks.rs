@@ -73,7 +73,11 @@ impl ResBlock {
 
     pub fn forward(&self, x: &Value) -> Result<Value> {
         let h = self.conv1.forward(&channel_norm(x, &self.norm1, Some(Activation::Silu))?)?; // (B, H, W, out)
-        let h = self.conv2.forward(&channel_norm(&h, &self.norm2, Some(Activation::Silu))?)?; // (B, H, W, out)
+        let normed = channel_norm(&h, &self.norm2, Some(Activation::Silu))?;
+        // At full resolution each of these is hundreds of megabytes: at most three live at once.
+        drop(h);
+        let h = self.conv2.forward(&normed)?; // (B, H, W, out)
+        drop(normed);
         match &self.conv_shortcut {
             Some(conv) => add(&conv.forward(x)?, &h),
             None => add(x, &h),
