@@ -1,6 +1,15 @@
-//! The look of progress bars. They show on standard error, and only where that is a terminal.
+//! What a user sees of a run while it goes on: lines and progress bars on standard error, bars only where that is a
+//! terminal.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fmt::Display;
+use std::io::Write;
+
+/// A line on standard error. Unlike `eprintln!` it does not panic when nobody listens any more
+/// (`qwen-lora train ... 2>&1 | head`): the run goes on.
+pub fn tell(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
 /// A bar over `total` things: label, bar, count, rate, time left. Hidden when `quiet`.
 pub fn bar(total: usize, label: &str, quiet: bool) -> ProgressBar {

@@ -54,6 +54,22 @@ fn a_reader_that_goes_away_is_no_panic() {
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
 }
 
+#[test]
+fn a_training_run_goes_on_when_nobody_listens() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = format!("output={}", dir.path().join("run").display());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_qwen-lora"))
+        .args(["train", "--config", "configs/smoke.yaml", "--set", &output])
+        .args(["--set", "training.max_steps=2", "--set", "training.warmup_steps=0"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(dir.path().join("run/adapter.safetensors").is_file());
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_an_error() {

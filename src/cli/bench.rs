@@ -4,6 +4,7 @@ use crate::cli::{print_line, use_threads};
 use crate::config::Checkpointing;
 use crate::error::{Error, Result};
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
+use crate::progress::tell;
 use crate::train::bench::{Shape, bench};
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
@@ -133,6 +134,6 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         checkpointing,
         seed: args.seed,
     };
-    let report = bench(model, &shape, |step, seconds| eprintln!("step {step}: {seconds:.4} s"))?;
+    let report = bench(model, &shape, |step, seconds| tell(format_args!("step {step}: {seconds:.4} s")))?;
     print_line(serde_json::to_string(&report).expect("a report is plain data"))
 }

@@ -1,7 +1,9 @@
 //! `qwen-lora verify`: replays a recorded case of the reference implementation.
 
+use crate::cli::print_line;
 use crate::error::{Error, Result};
 use crate::io::safetensors::{RawTensor, write};
+use crate::progress::tell;
 use crate::verify::{Case, run as replay};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -34,7 +36,7 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
     }
     let (report, computed) = replay(&case, |stage| {
         if !args.json {
-            eprintln!("replaying {stage}");
+            tell(format_args!("replaying {stage}"));
         }
     })?;
     if let Some(path) = &args.output {
@@ -42,9 +44,9 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
         write(path, raw, &BTreeMap::new())?;
     }
     if args.json {
-        println!("{:#}", report.to_json());
+        print_line(format_args!("{:#}", report.to_json()))?;
     } else {
-        println!("{report}");
+        print_line(&report)?;
     }
     if report.ok() {
         return Ok(());

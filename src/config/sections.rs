@@ -62,7 +62,7 @@ section! {
         /// What the forward pass keeps for the backward pass: `none` keeps everything (fastest, most memory), `full`
         /// only the input of each block, `selective` lies between. The results are the same bit for bit.
         checkpointing: Checkpointing = Checkpointing::Full;
-        /// `lora` trains an adapter, `full` all weights of the transformer.
+        /// `lora` trains an adapter, `full` all weights of the transformer, which must then be held in f32.
         mode: TrainingMode = TrainingMode::Lora;
     }
 }
@@ -162,7 +162,7 @@ section! {
         resolution: Resolutions = Resolutions::default();
         /// Caption of images that have no caption file; null makes such an image an error.
         default_caption: Option<String> = None;
-        /// Longest prompt, in tokens; what is longer is cut off, with a warning.
+        /// Longest prompt, in tokens; what is longer is cut off.
         max_sequence_length: usize = 512, Range::between(1.0, 1024.0);
         /// Share of samples that are trained with the empty caption.
         caption_dropout: f64 = 0.05, Range::between(0.0, 1.0);
@@ -197,7 +197,8 @@ section! {
         sigma_min: f64 = 0.0, Range::between(0.0, 1.0);
         /// Highest noise level. The levels are stretched into the range from `sigma_min` to `sigma_max`.
         sigma_max: f64 = 1.0, Range::between(0.0, 1.0);
-        /// Weight of a sample in the loss by its noise level: `none`, or `bell`, which prefers the middle.
+        /// Weight of a sample in the loss by its noise level: `none`, or `bell`, which prefers the middle
+        /// and has mean 1 over the noise levels drawn.
         weighting: LossWeighting = LossWeighting::None;
     }
 }

@@ -1,7 +1,7 @@
 //! From a planned batch to a noisy one: a pure function of (config, seed, batch number).
 
 use crate::cache::CachedSamples;
-use crate::config::Config;
+use crate::config::{Config, LossWeighting};
 use crate::data::{Batch, PlannedBatch};
 use crate::error::Result;
 use crate::flow::FlowMatchEuler;
@@ -17,7 +17,7 @@ pub struct Batches {
     samples: CachedSamples,
     seed: u64,
     sigmas: SigmaSampler,
-    weighting: Weighting,
+    weighting: LossWeighting,
     caption_weight: CaptionWeight,
 }
 
@@ -40,7 +40,7 @@ impl Batches {
             samples,
             seed: config.seed,
             sigmas: SigmaSampler::new(&config.flow, scheduler),
-            weighting: Weighting::new(config.flow.weighting),
+            weighting: config.flow.weighting,
             caption_weight: CaptionWeight::new(config.data.caption_weight, config.data.caption_dropout),
         }
     }
@@ -53,8 +53,10 @@ impl Batches {
             self.sigmas.draw(&mut Stream::new(self.seed, planned.step, item as u64, Purpose::Sigma), tokens)
         };
         let sigmas: Vec<f64> = batch.items.iter().map(sigma).collect();
+        // Per batch, because the noise levels depend on the image size.
+        let weighting = Weighting::new(self.weighting, |q| self.sigmas.quantile(q, tokens));
         let weights = sigmas.iter().zip(&batch.caption_dropped);
-        let weights = weights.map(|(&s, &dropped)| self.weighting.at(s) * self.caption_weight.of(dropped)).collect();
+        let weights = weights.map(|(&s, &dropped)| weighting.at(s) * self.caption_weight.of(dropped)).collect();
         Ok(TrainBatch {
             noisy: self.mix(&batch, &sigmas, weights, |item| (planned.step, item, Purpose::Noise))?,
             captions_dropped: batch.caption_dropped.iter().filter(|&&d| d).count(),

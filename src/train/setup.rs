@@ -8,6 +8,7 @@ use crate::data::{Buckets, Dataset, Plan, PlanSettings, Sample, place};
 use crate::error::{Error, Result};
 use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
+use crate::progress::tell;
 use crate::train::checkpoint::{Checkpoint, State, Weights};
 use crate::train::run_dir::{Found, RunDir};
 use crate::train::trainable::Trainable;
@@ -82,7 +83,7 @@ fn last_whole(dir: &RunDir, config: &Config, steps: &[u64]) -> Result<Start> {
         match Checkpoint::load(&dir.checkpoint(step), &Device::Cpu) {
             Ok(checkpoint) => {
                 if let Some(error) = first_error {
-                    eprintln!("note: a newer checkpoint is damaged and not used: {error}");
+                    tell(format_args!("note: a newer checkpoint is damaged and not used: {error}"));
                 }
                 refuse_differences(dir, config, &checkpoint.state.config)?;
                 return Ok(Start::From(Box::new(checkpoint)));

@@ -10,6 +10,7 @@ use crate::io::JsonObject;
 use crate::model::transformer::{Checkpointing, QwenImageTransformer};
 use crate::model::vae::{pack, unpack};
 use crate::optim::{AdamW, AdamWOptions, clip_grad_norm};
+use crate::progress::tell;
 use crate::train::checkpoint;
 use crate::train::step::{NoisyBatch, forward_backward, predict};
 use crate::train::trainable::Trainable;
@@ -144,7 +145,7 @@ pub(super) fn adapter_output(case: &Case, path: &Path) -> Result<Computed> {
 fn read_file(path: &Path, table: &ModuleTable) -> Result<LoraAdapter> {
     let options = ReadOptions { table, text_encoder: None, alpha: None, allow_unmatched: false };
     let file = AdapterFile::open(path, &options)?;
-    file.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
+    file.warnings.iter().for_each(|w| tell(format_args!("warning: {w}")));
     let module = |(name, entry): (&String, &ModuleEntry)| -> Result<(String, LoraModule)> {
         let Delta { factors: Factors::Lora { a, b }, scale, magnitude: None } = file.delta(name, entry)? else {
             return Err(Error::usage(format!("`{}` is not a plain LoRA", path.display()))

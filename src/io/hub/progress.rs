@@ -1,5 +1,6 @@
 //! What a download reports while it runs, and the bar that shows it.
 
+use crate::progress::tell;
 use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::HashMap;
@@ -51,7 +52,7 @@ impl Bars {
         if state.is_done() {
             bar.finish();
             if bar.is_hidden() {
-                eprintln!("{}: downloaded", self.label);
+                tell(format_args!("{}: downloaded", self.label));
             }
         }
         self.current = Some(bar);
@@ -65,7 +66,7 @@ impl Bars {
         bar.enable_steady_tick(Duration::from_millis(200));
         if bar.is_hidden() {
             let size = crate::io::disk::human(state.total_bytes);
-            eprintln!("{}: downloading {} files, {size}", self.label, state.num_files);
+            tell(format_args!("{}: downloading {} files, {size}", self.label, state.num_files));
         }
         bar
     }
