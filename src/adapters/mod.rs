@@ -2,6 +2,7 @@
 //!
 //! This layer does not know Qwen-Image: the table of a model's linear layers is passed in.
 
+pub mod convert;
 pub mod delta;
 pub mod file;
 pub mod linalg;
@@ -10,6 +11,7 @@ pub mod matrix;
 pub mod merge;
 pub mod read;
 pub mod target;
+pub mod write;
 
 pub use lora::{Init, LoraAdapter, LoraModule};
 pub use target::{LoraScaling, ModuleInfo, Target, TargetEntry, resolve_targets};

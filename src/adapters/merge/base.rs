@@ -297,6 +297,12 @@ impl Network {
     }
 
     fn new(component: Component, place: PathBuf, checkpoint: Checkpoint, index: Option<PathBuf>) -> Result<Self> {
+        let is_adapter = |t: &Stored| [".lora_", ".hada_", ".lokr_"].iter().any(|part| t.name.contains(part));
+        if let Some(part) = checkpoint.tensors().find(|t| is_adapter(t)) {
+            return Err(Error::usage(format!("`{}` is an adapter", place.display()))
+                .expected("a base model", format!("`{}`", part.name))
+                .hint("the base comes first: `merge BASE ADAPTER...`; `--into-adapter` merges adapters alone"));
+        }
         let modules: Vec<(String, &[usize])> = checkpoint
             .tensors()
             .filter_map(|t| Some((format!("{}.weight", module_of(component, t)?), t.shape.as_slice())))

@@ -2,6 +2,7 @@
 
 pub mod base;
 mod change;
+pub mod combine;
 mod stream;
 
 pub use base::{Base, OutputForm, Written};
