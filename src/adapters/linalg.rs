@@ -67,7 +67,7 @@ impl Columns {
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     // Eight running sums, so that the loop vectorises.
-    vectorized(|| {
+    vectorized!({
         let mut sums = [0.0; 8];
         let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
         let tail: f64 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| x * y).sum();
@@ -81,7 +81,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 }
 
 fn axpy(out: &mut [f64], factor: f64, x: &[f64]) {
-    vectorized(|| out.iter_mut().zip(x).for_each(|(o, x)| *o += factor * x));
+    vectorized!(out.iter_mut().zip(x).for_each(|(o, x)| *o += factor * x));
 }
 
 /// Thin QR by Householder reflections: `q` has min(rows, cols) orthonormal columns, `r` is upper triangular.
@@ -174,7 +174,7 @@ fn jacobi_svd(m: Columns) -> Svd {
 fn rotate(cols: &mut [Vec<f64>], p: usize, q: usize, cos: f64, sin: f64) {
     let (head, tail) = cols.split_at_mut(q);
     let (x, y) = (&mut head[p], &mut tail[0]);
-    vectorized(|| {
+    vectorized!({
         for (x, y) in x.iter_mut().zip(y.iter_mut()) {
             let (a, b) = (*x, *y);
             *x = cos * a - sin * b;

@@ -17,7 +17,7 @@ pub fn widen(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
     fn each<const N: usize>(bytes: &[u8], out: &mut [f32], f: impl Fn([u8; N]) -> f32) {
         assert_eq!(bytes.len(), N * out.len(), "as many values as asked for");
         let (values, _) = bytes.as_chunks::<N>();
-        vectorized(|| out.iter_mut().zip(values).for_each(|(o, b)| *o = f(*b)));
+        vectorized!(out.iter_mut().zip(values).for_each(|(o, b)| *o = f(*b)));
     }
     match dtype {
         Dtype::F32 => each(bytes, out, f32::from_le_bytes),
@@ -42,7 +42,7 @@ pub fn narrow(values: &[f32], dtype: Dtype, out: &mut [u8]) {
     fn each<const N: usize>(values: &[f32], out: &mut [u8], f: impl Fn(f32) -> [u8; N]) {
         assert_eq!(out.len(), N * values.len(), "room for every value");
         let (out, _) = out.as_chunks_mut::<N>();
-        vectorized(|| out.iter_mut().zip(values).for_each(|(o, v)| *o = f(*v)));
+        vectorized!(out.iter_mut().zip(values).for_each(|(o, v)| *o = f(*v)));
     }
     match dtype {
         Dtype::F32 => each(values, out, f32::to_le_bytes),

@@ -148,7 +148,7 @@ fn forward(tensors: &[Tensor; 6], dims: &Dims) -> Result<([Vec<f32>; 2], LogSums
             let k = Mat::new(&keys, n, dims.head);
             gemm_one_thread(MatMut::new(&mut scores, m, n), Into::Overwrite, q, k.t(), dims.scale());
             let sums: Vec<f32> =
-                scores.chunks_exact_mut(n).map(|row| vectorized(|| exponentiate(row, &mut log_sums))).collect();
+                scores.chunks_exact_mut(n).map(|row| vectorized!(exponentiate(row, &mut log_sums))).collect();
             let out = &mut outputs[stream][rows.start * dims.head..rows.end * dims.head];
             let (p, v) = (Mat::new(&scores, m, n), Mat::new(&values, n, dims.head));
             gemm_one_thread(MatMut::new(out, m, dims.head), Into::Overwrite, p, v, 1.0);
@@ -216,7 +216,7 @@ fn backward(
                 let o = dims.row(outs[stream], tokens[stream], sample, head, row);
                 let dy = dims.row(grad_out, tokens[stream], sample, head, row);
                 let (p, ds) = (&mut p[i * n..(i + 1) * n], &mut ds[i * n..(i + 1) * n]);
-                vectorized(|| {
+                vectorized!({
                     let mean = dot(o, dy);
                     for (p, ds) in p.iter_mut().zip(ds) {
                         *p = exp(*p - log_sum);

@@ -65,7 +65,7 @@ pub fn causal_attention(
     let positions: Vec<usize> = lengths.iter().flat_map(|&n| 0..n).collect();
     let rotated = |x: &Tensor, width: usize| -> Result<Vec<f32>> {
         let mut x = view(x)?.to_vec();
-        par_rows(&mut x, width, |i, row| vectorized(|| rope.rotate(positions[i], row)));
+        par_rows(&mut x, width, |i, row| vectorized!(rope.rotate(positions[i], row)));
         Ok(x)
     };
     let (queries, keys, values) = (rotated(q, width)?, rotated(k, kv_width)?, view(v)?);
@@ -86,7 +86,7 @@ pub fn causal_attention(
             gemm_one_thread(MatMut::new(scores, m, n), Into::Overwrite, queries, keys.t(), scale);
             for (i, row) in scores.chunks_exact_mut(n).enumerate() {
                 let (seen, behind) = row.split_at_mut(tile.start + i + 1);
-                vectorized(|| {
+                vectorized!({
                     let top = max(seen);
                     seen.iter_mut().for_each(|s| *s = exp(*s - top));
                     let total = sum(seen);

@@ -19,7 +19,7 @@ pub fn channel_norm(x: &Value, gamma: &Tensor, activation: Option<Activation>) -
     let mut out = uninit(xs.len());
     par_rows(&mut out, c, |i, out| {
         let x = &xs[i * c..(i + 1) * c];
-        vectorized(|| {
+        vectorized!({
             let scale = (c as f32).sqrt() / dot(x, x).sqrt().max(MIN_NORM);
             match activation {
                 None => (0..c).for_each(|j| out[j] = x[j] * scale * g[j]),
@@ -36,7 +36,7 @@ pub fn channel_norm(x: &Value, gamma: &Tensor, activation: Option<Activation>) -
         let mut dx = uninit(xs.len());
         par_rows(&mut dx, c, |i, dx| {
             let (x, dy) = (&xs[i * c..(i + 1) * c], &dy[i * c..(i + 1) * c]);
-            vectorized(|| {
+            vectorized!({
                 let norm = dot(x, x).sqrt();
                 let scale = (c as f32).sqrt() / norm.max(MIN_NORM);
                 // dx holds the gradient of the normed pixel, before the projection.

@@ -3,7 +3,7 @@
 //! Every CPU kernel computes in f32. A bf16 tensor is widened on the way in and rounded on the way out.
 
 use crate::error::{Error, Result};
-use crate::kernels::math::vectorized;
+use crate::kernels::math::{Activation, vectorized};
 use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
 use half::bf16;
 use parking_lot::RwLockReadGuard;
@@ -102,18 +102,38 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (x, y) = (view(a)?, view(b)?);
     let mut out = uninit(x.len());
     out.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).zip(y.par_chunks(GRAIN)).for_each(|((o, x), y)| {
-        vectorized(|| o.iter_mut().zip(x).zip(y).for_each(|((o, x), y)| *o = x + y));
+        vectorized!(o.iter_mut().zip(x).zip(y).for_each(|((o, x), y)| *o = x + y));
     });
     from_f32(out, a.shape(), a.dtype())
 }
 
-/// A new buffer holding `f` of every element, in parallel.
-pub fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
+/// A new buffer holding `x * factor`, in parallel.
+pub fn scaled(x: &[f32], factor: f32) -> Vec<f32> {
     let mut out = uninit(x.len());
     out.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).for_each(|(o, x)| {
-        vectorized(|| o.iter_mut().zip(x).for_each(|(o, &x)| *o = f(x)));
+        vectorized!(o.iter_mut().zip(x).for_each(|(o, &x)| *o = x * factor));
     });
     out
+}
+
+/// A new buffer holding the activation of every element, in parallel.
+pub fn activated(x: &[f32], activation: Activation) -> Vec<f32> {
+    let mut out = uninit(x.len());
+    out.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).for_each(|(o, x)| match activation {
+        Activation::Silu => vectorized!(o.iter_mut().zip(x).for_each(|(o, &x)| *o = Activation::Silu.apply(x))),
+        Activation::GeluTanh => vectorized!(o.iter_mut().zip(x).for_each(|(o, &x)| *o = Activation::GeluTanh.apply(x))),
+    });
+    out
+}
+
+/// Multiplies `dx` by the activation's derivative at `x`, in parallel.
+pub fn multiply_by_derivative(dx: &mut [f32], x: &[f32], activation: Activation) {
+    dx.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).for_each(|(d, x)| match activation {
+        Activation::Silu => vectorized!(d.iter_mut().zip(x).for_each(|(d, &x)| *d *= Activation::Silu.derivative(x))),
+        Activation::GeluTanh => {
+            vectorized!(d.iter_mut().zip(x).for_each(|(d, &x)| *d *= Activation::GeluTanh.derivative(x)))
+        }
+    });
 }
 
 /// Sums of the columns of a row-major matrix with rows of `width`, each from the first row to the last.

@@ -4,12 +4,11 @@
 //! input (q, k and v) run as one group, so that their gradients of x are summed inside the matrix products.
 
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{self, GRAIN, column_sums, uninit, view};
-use crate::kernels::math::{Activation, vectorized};
+use crate::kernels::cpu::{self, column_sums, uninit, view};
+use crate::kernels::math::Activation;
 use crate::kernels::matmul::{Into, Mat, MatMut, gemm};
 use crate::kernels::tape::{Value, record};
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 use std::rc::Rc;
 
 /// A low-rank adapter on one linear.
@@ -105,7 +104,7 @@ impl<'a> Input<'a> {
         let x = view(x)?;
         Ok(match activation {
             None => Self::Plain(x),
-            Some(activation) => Self::Activated(cpu::map(&x, |v| activation.apply(v))),
+            Some(activation) => Self::Activated(cpu::activated(&x, activation)),
         })
     }
 }
@@ -201,7 +200,7 @@ impl Saved {
         drop(input);
         if let Some(mut dx) = dx.buffer.filter(|_| dx.written) {
             if let Some(activation) = self.activation {
-                multiply_by_derivative(&mut dx, &view(&self.x)?, activation);
+                cpu::multiply_by_derivative(&mut dx, &view(&self.x)?, activation);
             }
             out[0] = Some(cpu::from_f32(dx, self.x.shape(), self.x.dtype())?);
         }
@@ -226,12 +225,6 @@ impl InputGrad {
             self.written = true;
         }
     }
-}
-
-fn multiply_by_derivative(dx: &mut [f32], x: &[f32], activation: Activation) {
-    dx.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN)).for_each(|(dx, x)| {
-        vectorized(|| dx.iter_mut().zip(x).for_each(|(d, &x)| *d *= activation.derivative(x)));
-    });
 }
 
 #[cfg(test)]

@@ -1,19 +1,73 @@
 //! Elementwise functions written so that the compiler vectorises them, and row reductions with a fixed order.
 //!
-//! Call them inside [`vectorized`], which runs a closure compiled for the widest vector unit of the machine.
+//! Use them inside [`vectorized`], which compiles an expression for the widest vector unit of the machine.
 
-/// Runs `f` compiled for AVX-512, AVX2 or the baseline, whichever the machine has.
-#[inline(always)]
-pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
-    struct Task<F>(F);
-    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Task<F> {
-        type Output = R;
-        #[inline(always)]
-        fn call(self) -> R {
-            (self.0)()
+/// Runs an expression compiled for AVX-512, AVX2 or the baseline, whichever the machine has.
+///
+/// The expression is written out once for each: a closure that is called in one place only is always inlined into the
+/// function that carries the target features, and so compiled with them.
+macro_rules! vectorized {
+    ($body:expr) => {
+        match $crate::kernels::math::vector_level() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `vector_level` has seen these features on this machine.
+            $crate::kernels::math::VectorLevel::Avx512 => unsafe { $crate::kernels::math::with_avx512(|| $body) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            $crate::kernels::math::VectorLevel::Avx2 => unsafe { $crate::kernels::math::with_avx2(|| $body) },
+            $crate::kernels::math::VectorLevel::Baseline => $body,
+        }
+    };
+}
+pub(crate) use vectorized;
+
+/// What the machine's vector unit can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VectorLevel {
+    /// 512 bits.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// 256 bits.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// What every machine of the build's target has.
+    Baseline,
+}
+
+/// Looks at the machine once.
+#[inline]
+pub fn vector_level() -> VectorLevel {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") && has!("avx2") && has!("fma") {
+            return VectorLevel::Avx512;
+        }
+        if has!("avx2") && has!("fma") {
+            return VectorLevel::Avx2;
         }
     }
-    pulp::Arch::new().dispatch(Task(f))
+    VectorLevel::Baseline
+}
+
+/// Calls `f`, inlined, with 512-bit vectors.
+///
+/// # Safety
+/// The machine must have the features.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+pub fn with_avx512<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
+
+/// Calls `f`, inlined, with 256-bit vectors.
+///
+/// # Safety
+/// The machine must have the features.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+pub fn with_avx2<R>(f: impl FnOnce() -> R) -> R {
+    f()
 }
 
 /// `e^x`, within 2 ulp for results in the normal range; inputs below -87.3 give 0, above 88.3 are clamped.

@@ -95,7 +95,7 @@ pub fn gated_residual(x: &Value, y: &Value, mods: &Value, gate: usize, rows: &To
     par_rows(&mut out, d, |i, out| {
         let (x, y) = (&xs[i * d..(i + 1) * d], &ys[i * d..(i + 1) * d]);
         let gate = &ms[(rows.row(i) * chunks + gate) * d..][..d];
-        vectorized(|| (0..d).for_each(|j| out[j] = x[j] + gate[j] * y[j]));
+        vectorized!((0..d).for_each(|j| out[j] = x[j] + gate[j] * y[j]));
     });
     let sum = cpu::from_f32(out, x.tensor().shape(), x.dtype())?;
     drop((xs, ys, ms));
@@ -110,7 +110,7 @@ pub fn gated_residual(x: &Value, y: &Value, mods: &Value, gate: usize, rows: &To
             par_rows(&mut dy, d, |i, dy| {
                 let g = &g[i * d..(i + 1) * d];
                 let gate = &ms[(rows.row(i) * chunks + gate) * d..][..d];
-                vectorized(|| (0..d).for_each(|j| dy[j] = gate[j] * g[j]));
+                vectorized!((0..d).for_each(|j| dy[j] = gate[j] * g[j]));
             });
             cpu::from_f32(dy, grad.shape(), grad.dtype())
         });

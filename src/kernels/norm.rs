@@ -30,7 +30,7 @@ pub fn modulated_norm(
         let x = &xs[i * d..(i + 1) * d];
         let table = &ms[rows.row(i) * chunks * d..];
         let (shift, scale) = (&table[shift * d..][..d], &table[scale * d..][..d]);
-        vectorized(|| {
+        vectorized!({
             let mean = sum(x) / d as f32;
             let variance = sum_over(d, |j| (x[j] - mean) * (x[j] - mean)) / d as f32;
             let inv_std = 1.0 / (variance + eps).sqrt();
@@ -52,7 +52,7 @@ pub fn modulated_norm(
             par_rows(&mut dx, d, |i, dx| {
                 let (x, dy, (mean, inv_std)) = (&xs[i * d..(i + 1) * d], &dy[i * d..(i + 1) * d], stats[i]);
                 let scale = &ms[(rows.row(i) * chunks + scale) * d..][..d];
-                vectorized(|| {
+                vectorized!({
                     let normed = |j: usize| (x[j] - mean) * inv_std;
                     let mean_g = sum_over(d, |j| dy[j] * (1.0 + scale[j])) / d as f32;
                     let mean_gx = sum_over(d, |j| dy[j] * (1.0 + scale[j]) * normed(j)) / d as f32;
@@ -88,7 +88,7 @@ pub fn rms_norm(x: &Value, weight: &Value, eps: f32) -> Result<Value> {
     let mut out = uninit(xs.len());
     par_rows(&mut out, d, |i, out| {
         let x = &xs[i * d..(i + 1) * d];
-        vectorized(|| {
+        vectorized!({
             let inv_rms = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
             for j in 0..d {
                 out[j] = x[j] * inv_rms * w[j];
@@ -106,7 +106,7 @@ pub fn rms_norm(x: &Value, weight: &Value, eps: f32) -> Result<Value> {
             let mut dx = uninit(xs.len());
             par_rows(&mut dx, d, |i, dx| {
                 let (x, dy) = (&xs[i * d..(i + 1) * d], &dy[i * d..(i + 1) * d]);
-                vectorized(|| rms_norm_backward(x, &w, dy, eps, dx));
+                vectorized!(rms_norm_backward(x, &w, dy, eps, dx));
             });
             cpu::from_f32(dx, x_tensor.shape(), x_tensor.dtype())
         });
@@ -132,7 +132,7 @@ pub(super) fn rms_norm_weight_grad(x: &[f32], dy: &[f32], d: usize, eps: f32, dt
     let mut products = uninit(x.len());
     par_rows(&mut products, d, |i, out| {
         let (x, dy) = (&x[i * d..(i + 1) * d], &dy[i * d..(i + 1) * d]);
-        vectorized(|| {
+        vectorized!({
             let inv_rms = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
             for j in 0..d {
                 out[j] = dy[j] * x[j] * inv_rms;

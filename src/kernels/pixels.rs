@@ -8,14 +8,19 @@ use rayon::prelude::*;
 
 /// `x` with every element moved into `[min, max]`; no gradient flows where it was outside.
 pub fn clamp(x: &Value, min: f32, max: f32) -> Result<Value> {
-    let out = cpu::map(&view(x.tensor())?, |v| v.clamp(min, max));
+    let xs = view(x.tensor())?;
+    let mut out = cpu::uninit(xs.len());
+    out.par_chunks_mut(cpu::GRAIN).zip(xs.par_chunks(cpu::GRAIN)).for_each(|(o, x)| {
+        vectorized!(o.iter_mut().zip(x).for_each(|(o, &x)| *o = x.clamp(min, max)));
+    });
+    drop(xs);
     let y = cpu::from_f32(out, x.tensor().shape(), x.dtype())?;
     let x_tensor = x.tensor().clone();
     Ok(record1(&[x], y, move |grad| {
         let (xs, dy) = (view(&x_tensor)?, view(&grad)?);
         let mut dx = uninit(xs.len());
         dx.par_chunks_mut(GRAIN).zip(xs.par_chunks(GRAIN)).zip(dy.par_chunks(GRAIN)).for_each(|((dx, x), dy)| {
-            vectorized(|| {
+            vectorized!({
                 for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
                     *dx = if (min..=max).contains(&x) { dy } else { 0.0 };
                 }

@@ -46,7 +46,7 @@ pub fn norm_rope(x: &Value, weight: &Value, rope: &Rope, eps: f32) -> Result<Val
     par_rows(&mut out, width, |i, out| {
         let x = &xs[i * width..(i + 1) * width];
         let (cos, sin) = rope.row(i % tokens);
-        vectorized(|| {
+        vectorized!({
             for (x, out) in x.chunks_exact(head).zip(out.chunks_exact_mut(head)) {
                 let inv_rms = 1.0 / (dot(x, x) / head as f32 + eps).sqrt();
                 for (j, (&c, &s)) in cos.iter().zip(sin).enumerate() {
@@ -78,7 +78,7 @@ pub fn norm_rope(x: &Value, weight: &Value, rope: &Rope, eps: f32) -> Result<Val
             par_rows(&mut dx, width, |i, dx| {
                 let (x, dy) = (&xs[i * width..(i + 1) * width], &dy[i * width..(i + 1) * width]);
                 let mut unrotated = vec![0f32; width];
-                vectorized(|| {
+                vectorized!({
                     unrotate(i, dy, &mut unrotated);
                     for h in (0..width).step_by(head) {
                         let range = h..h + head;

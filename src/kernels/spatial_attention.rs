@@ -35,7 +35,7 @@ pub fn spatial_attention(qkv: &Value) -> Result<Value> {
             let queries = image.part(0, tile.start, m);
             gemm_one_thread(MatMut::new(scores, m, n), Into::Overwrite, queries, image.part(1, 0, n).t(), scale);
             for (row, log_sum) in scores.chunks_exact_mut(n).zip(&mut *log_sums) {
-                vectorized(|| {
+                vectorized!({
                     let top = max(row);
                     row.iter_mut().for_each(|s| *s = exp(*s - top));
                     let sum = sum_over(n, |j| row[j]);
@@ -62,7 +62,7 @@ fn backward(qkv: &Tensor, y: &Tensor, grad: &Tensor, log_sums: &[f32]) -> Result
     // Per query the dot product of output and gradient: what the softmax's backward subtracts.
     let mut deltas = vec![0f32; b * n];
     deltas.par_iter_mut().with_min_len(TILE).enumerate().for_each(|(i, delta)| {
-        *delta = vectorized(|| dot(&ys[i * c..(i + 1) * c], &dys[i * c..(i + 1) * c]));
+        *delta = vectorized!(dot(&ys[i * c..(i + 1) * c], &dys[i * c..(i + 1) * c]));
     });
     let mut dx = uninit(xs.len());
     let tiles = tiles(&vec![n; b], TILE);
@@ -81,7 +81,7 @@ fn backward(qkv: &Tensor, y: &Tensor, grad: &Tensor, log_sums: &[f32]) -> Result
         gemm_one_thread(MatMut::new(dp, m, n), Into::Overwrite, dy_rows, image.part(2, 0, n).t(), 1.0);
         for (i, (p, dp)) in p.chunks_exact(n).zip(dp.chunks_exact_mut(n)).enumerate() {
             let (log_sum, delta) = (log_sums[start + i], deltas[start + i]);
-            vectorized(|| (0..n).for_each(|j| dp[j] = exp(p[j] - log_sum) * (dp[j] - delta)));
+            vectorized!((0..n).for_each(|j| dp[j] = exp(p[j] - log_sum) * (dp[j] - delta)));
         }
         let dq = MatMut::strided(dx, m, c, width);
         gemm_one_thread(dq, Into::Overwrite, Mat::new(dp, m, n), image.part(1, 0, n), scale);
@@ -90,7 +90,7 @@ fn backward(qkv: &Tensor, y: &Tensor, grad: &Tensor, log_sums: &[f32]) -> Result
         gemm_one_thread(MatMut::new(p, m, n), Into::Overwrite, image.part(1, start, m), image.part(0, 0, n).t(), scale);
         gemm_one_thread(MatMut::new(dp, m, n), Into::Overwrite, image.part(2, start, m), dy.t(), 1.0);
         for (p, dp) in p.chunks_exact_mut(n).zip(dp.chunks_exact_mut(n)) {
-            vectorized(|| {
+            vectorized!({
                 for j in 0..n {
                     p[j] = exp(p[j] - log_sums[j]);
                     dp[j] = p[j] * (dp[j] - deltas[j]);

@@ -23,7 +23,7 @@ pub fn clip_grad_norm(grads: &mut [Option<Tensor>], max_norm: f64) -> Result<f64
     if max_norm > 0.0 && coefficient < 1.0 && norm.is_finite() {
         let coefficient = coefficient as f32;
         for grad in grads.iter_mut().flatten() {
-            let scaled = cpu::map(&cpu::view(grad)?, |g| g * coefficient);
+            let scaled = cpu::scaled(&cpu::view(grad)?, coefficient);
             *grad = cpu::from_f32(scaled, grad.shape(), grad.dtype())?;
         }
     }

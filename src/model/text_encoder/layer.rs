@@ -90,7 +90,7 @@ fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (g, u) = (view(gate)?, view(up)?);
     let mut out = uninit(g.len());
     out.par_chunks_mut(GRAIN).zip(g.par_chunks(GRAIN)).zip(u.par_chunks(GRAIN)).for_each(|((out, g), u)| {
-        vectorized(|| out.iter_mut().zip(g).zip(u).for_each(|((out, &g), &u)| *out = Activation::Silu.apply(g) * u));
+        vectorized!(out.iter_mut().zip(g).zip(u).for_each(|((out, &g), &u)| *out = Activation::Silu.apply(g) * u));
     });
     cpu::from_f32(out, gate.shape(), gate.dtype())
 }
