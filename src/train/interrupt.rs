@@ -1,6 +1,7 @@
 //! Ctrl+C: the first asks the run to save and stop after the step, the second ends the process at once.
 
 use crate::error::{Error, Result};
+use crate::progress::say;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
@@ -11,7 +12,7 @@ pub fn install() -> Result<()> {
         if REQUESTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step and saving; press Ctrl+C again to stop without saving");
+        say("\nstopping after this step and saving; press Ctrl+C again to stop without saving");
     })
     .map_err(|e| Error::run("cannot listen for Ctrl+C").detail(e.to_string()))
 }

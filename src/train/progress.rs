@@ -1,6 +1,7 @@
 //! What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere.
 
 use crate::cache::encode::CacheReport;
+use crate::progress::say;
 use crate::train::metrics::{HeldOutMetrics, StepMetrics};
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
@@ -47,7 +48,7 @@ impl Progress {
     /// Notes about the input.
     pub fn notes(&self, notes: &[String]) {
         if !self.quiet {
-            notes.iter().for_each(|note| eprintln!("note: {note}"));
+            notes.iter().for_each(|note| say(format_args!("note: {note}")));
         }
     }
 
@@ -57,8 +58,8 @@ impl Progress {
             return;
         }
         for (what, filled) in [("prompt embeddings", &report.prompts), ("latents", &report.latents)] {
-            eprintln!("{what}: {} computed, {} from the cache", filled.computed, filled.reused);
-            filled.notices.iter().for_each(|note| eprintln!("note: {note}"));
+            say(format_args!("{what}: {} computed, {} from the cache", filled.computed, filled.reused));
+            filled.notices.iter().for_each(|note| say(format_args!("note: {note}")));
         }
     }
 
@@ -69,7 +70,7 @@ impl Progress {
             return;
         }
         if first_step > 0 {
-            eprintln!("going on after step {first_step}");
+            say(format_args!("going on after step {first_step}"));
         }
         if self.terminal {
             self.bar.set_draw_target(ProgressDrawTarget::stderr());
@@ -98,7 +99,7 @@ impl Progress {
             self.last_line = Some(Instant::now());
             let done = (line.step - self.first_step).max(1) as f64;
             let left = self.began.elapsed().mul_f64((self.max_steps - line.step) as f64 / done);
-            eprintln!("step {}/{}  {text}  ETA {}", line.step, self.max_steps, HumanDuration(left));
+            say(format_args!("step {}/{}  {text}  ETA {}", line.step, self.max_steps, HumanDuration(left)));
         }
     }
 
