@@ -62,6 +62,12 @@ impl Error {
             std::io::ErrorKind::StorageFull => {
                 Some("the disk is full: free some space and run again with `--resume auto`")
             }
+            std::io::ErrorKind::QuotaExceeded => {
+                Some("your disk quota is used up: free some space and run again with `--resume auto`")
+            }
+            std::io::ErrorKind::FileTooLarge => {
+                Some("the file system, or a limit of this shell (`ulimit -f`), does not allow a file of this size")
+            }
             std::io::ErrorKind::PermissionDenied => Some("check the permissions of this path"),
             _ => None,
         };

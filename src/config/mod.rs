@@ -142,7 +142,7 @@ impl Config {
     fn embedded(&self) -> Node {
         let mut config = self.clone();
         let model = Path::new(&config.model.path);
-        if model.is_absolute() || model.exists() {
+        if model.is_absolute() || model.starts_with("~") || model.exists() {
             config.model.path = last_component(model);
         }
         for file in [&mut config.model.transformer, &mut config.model.vae, &mut config.model.text_encoder] {

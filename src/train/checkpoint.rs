@@ -58,7 +58,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Writes the checkpoint to `folder`, replacing one of the same step.
+    /// Writes the checkpoint to `folder`, replacing one of the same step. A failed write leaves nothing.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let part = part_path(folder);
         let fresh = || -> std::io::Result<()> {
@@ -68,17 +68,24 @@ impl Checkpoint {
             std::fs::create_dir_all(&part)
         };
         fresh().map_err(|e| Error::io("create", &part, e))?;
+        self.write_into(&part).inspect_err(|_| {
+            // The failed write is what the user needs to hear about; the next save removes what this leaves.
+            let _ = std::fs::remove_dir_all(&part);
+        })?;
+        if folder.exists() {
+            std::fs::remove_dir_all(folder).map_err(|e| Error::io("replace", folder, e))?;
+        }
+        rename_synced(&part, folder)
+    }
+
+    fn write_into(&self, part: &Path) -> Result<()> {
         match &self.weights {
             Weights::Adapter(adapter) => write_raw(&part.join(ADAPTER), adapter)?,
             Weights::Full(tensors) => write(&part.join(WEIGHTS), raw(tensors)?, &BTreeMap::new())?,
         }
         write(&part.join(OPTIMIZER), raw(&self.optimizer)?, &BTreeMap::new())?;
         let json = serde_json::to_vec_pretty(&self.state).expect("the state is plain data");
-        write_atomic(&part.join(STATE), |file| file.write_all(&json))?;
-        if folder.exists() {
-            std::fs::remove_dir_all(folder).map_err(|e| Error::io("replace", folder, e))?;
-        }
-        rename_synced(&part, folder)
+        write_atomic(&part.join(STATE), |file| file.write_all(&json))
     }
 
     /// Reads a checkpoint. Errors: a missing or damaged file, a layout of another version.

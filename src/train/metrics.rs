@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::io::write_atomic;
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// What one step did.
@@ -48,7 +48,8 @@ pub struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Opens the file for appending, without the lines of steps after `step` and without a half-written last line.
+    /// Opens the file for appending, without the lines of steps after `step` and without a half-written last line. At
+    /// step 0 it is emptied: the measurement before the first step is made again.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let mut text = String::new();
         match File::open(path) {
@@ -58,8 +59,8 @@ impl MetricsFile {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(Error::io("open", path, e)),
         }
-        let kept: String =
-            text.split_inclusive('\n').filter(|line| line.ends_with('\n') && step_of(line) <= Some(step)).collect();
+        let keep = |line: &&str| step > 0 && line.ends_with('\n') && step_of(line) <= Some(step);
+        let kept: String = text.split_inclusive('\n').filter(keep).collect();
         if kept != text || text.is_empty() {
             write_atomic(path, |file| file.write_all(kept.as_bytes()))?;
         }
@@ -67,11 +68,16 @@ impl MetricsFile {
         Ok(Self { path: path.into(), file })
     }
 
-    /// Adds one line.
+    /// Adds one line, whole or not at all.
     pub fn log(&mut self, metrics: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_string(metrics).expect("metrics are plain numbers");
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(|e| Error::io("write", &self.path, e))
+        let start = self.file.seek(SeekFrom::End(0)).map_err(|e| Error::io("write", &self.path, e))?;
+        self.file.write_all(line.as_bytes()).map_err(|e| {
+            // The failed write is what the user needs to hear about; half a line would be cut when the run goes on.
+            let _ = self.file.set_len(start);
+            Error::io("write", &self.path, e)
+        })
     }
 }
 

@@ -2,15 +2,15 @@
 
 use crate::config::{Config, TrainingMode};
 use crate::error::Result;
-use crate::io::Weights;
 use crate::model::source::PipelineFolder;
-use crate::model::transformer::{QwenImageTransformer, TransformerConfig};
+use crate::model::transformer::TransformerConfig;
 use crate::train::metrics::HeldOutMetrics;
 use crate::train::run_dir::RunDir;
 use crate::train::setup::{self, RunData};
 use crate::train::trainable::Trainable;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Instant;
 
@@ -88,11 +88,9 @@ pub struct DryRun {
 }
 
 impl DryRun {
-    /// Checks the model's tensors against its config and the targets against the model, reading headers only.
+    /// Counts what would be trained. Errors: targets that do not fit the model.
     pub fn new(config: &Config, data: &RunData, pipeline: &PipelineFolder) -> Result<Self> {
         let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
-        let weights: Weights = pipeline.transformer.open()?;
-        QwenImageTransformer::check_weights(&transformer, &weights)?;
         let base_params = transformer.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
         let (modules, trainable_params) = match config.training.mode {
             TrainingMode::Full => (0, base_params),
@@ -111,7 +109,7 @@ impl DryRun {
             samples_per_epoch: data.plan.training().count(),
             batches_per_epoch,
             held_out_samples: data.plan.held_out().len(),
-            captions: data.dataset.captions().len(),
+            captions: data.dataset.items().iter().map(|item| &item.caption).collect::<BTreeSet<_>>().len(),
             max_steps: config.training.max_steps,
             epochs: seen as f64 / batches_per_epoch as f64,
             buckets: buckets.chunk_by(|a, b| a == b).map(count).collect(),
@@ -157,12 +155,13 @@ impl fmt::Display for Outcome {
         match self {
             Self::Finished(report) => report.fmt(f),
             Self::AlreadyFinished { dir, step } => {
-                write!(
-                    f,
-                    "the run in `{}` is finished: {step} steps\n  adapter  {}",
-                    dir.root().display(),
-                    dir.adapter().display()
-                )
+                write!(f, "the run in `{}` is finished: {step} steps", dir.root().display())?;
+                for (what, product) in [("adapter", dir.adapter()), ("transformer", dir.transformer())] {
+                    if product.exists() {
+                        write!(f, "\n  {what:<11}  {}", product.display())?;
+                    }
+                }
+                Ok(())
             }
             Self::DryRun(found) => found.fmt(f),
         }

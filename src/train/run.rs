@@ -14,7 +14,7 @@ use crate::train::interrupt;
 use crate::train::metrics::{MetricsFile, StepMetrics};
 use crate::train::outcome::{DryRun, Outcome, Report};
 use crate::train::progress::Progress;
-use crate::train::run_dir::RunDir;
+use crate::train::run_dir::{Found, RunDir};
 use crate::train::save::Saver;
 use crate::train::setup::{self, RunData, Start};
 use crate::train::step::{Loss, forward_backward};
@@ -39,6 +39,7 @@ pub struct Options {
 /// after saving.
 pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     config.check_supported()?;
+    setup::precision(config)?;
     let dir = RunDir::new(&config.output);
     let start = Start::decide(&dir, config, options.resume)?;
     let data = RunData::open(config, options.quiet)?;
@@ -48,6 +49,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     if let Start::Finished(state) = &start {
         return Ok(Outcome::AlreadyFinished { dir, step: state.step });
     }
+    setup::check_networks(&pipeline)?;
     let dry_run = DryRun::new(config, &data, &pipeline)?;
     if options.dry_run {
         return Ok(Outcome::DryRun(dry_run));
@@ -56,8 +58,6 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     progress.notes(&data.notices);
 
     dir.create()?;
-    let yaml = config.to_yaml();
-    write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;
     let request = CacheRequest {
         pipeline: &pipeline,
         dataset: &data.dataset,
@@ -70,6 +70,9 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     progress.cached(&cached);
 
     let (model, trainable) = setup::load_network(config, &pipeline, &start)?;
+    // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
+    let yaml = config.to_yaml();
+    write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;
     let params = trainable.parameters();
     let mut optimizer = AdamW::new(AdamWOptions::from(&config.training));
     let first_step = match start {
@@ -112,14 +115,14 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
             let batch = loader.next().expect("the loader has a batch for every step")?;
             let (loss, mut gradients) = forward_backward(&model, &batch.noisy, config.training.checkpointing)?;
             let name = |&item: &usize| data.dataset.items()[item].path.clone();
-            check_finite("loss", loss.mean, step, &batch.items.iter().map(name).collect::<Vec<_>>())?;
+            check_finite("loss", loss.mean, step, &dir, &batch.items.iter().map(name).collect::<Vec<_>>())?;
             totals.add(&loss, &batch);
             accumulator.add(trainable.take_gradients(&mut gradients))?;
         }
         let mut gradients = accumulator.take_mean()?;
         let grad_norm = clip_grad_norm(&mut gradients, config.training.max_grad_norm)?;
         let name = |&item: &usize| data.dataset.items()[item].path.clone();
-        check_finite("gradient norm", grad_norm, step, &totals.items.iter().map(name).collect::<Vec<_>>())?;
+        check_finite("gradient norm", grad_norm, step, &dir, &totals.items.iter().map(name).collect::<Vec<_>>())?;
         let lr = learning_rate(&config.training, step as usize);
         optimizer.step(&params, &gradients, lr)?;
 
@@ -185,12 +188,18 @@ impl StepTotals {
 }
 
 /// A bad step is never skipped quietly.
-fn check_finite(what: &str, value: f64, step: u64, images: &[String]) -> Result<()> {
+fn check_finite(what: &str, value: f64, step: u64, dir: &RunDir, images: &[String]) -> Result<()> {
     if value.is_finite() {
         return Ok(());
     }
+    let saved = match dir.look()? {
+        Found::Checkpoints(steps) => {
+            steps.last().map(|&s| format!("the last checkpoint: {}", dir.checkpoint(s).display()))
+        }
+        Found::Empty | Found::Started => None,
+    };
     Err(Error::run(format!("the {what} is {value} at step {}", step + 1))
         .detail(format!("images: {}", images.join(", ")))
-        .detail("nothing was saved after the last checkpoint, which is whole")
-        .hint("lower `training.learning_rate`, check these images, then start anew or from the checkpoint"))
+        .detail(saved.unwrap_or("there is no checkpoint yet".into()))
+        .hint("lower `training.learning_rate`, or look at these images, and start a new run with another `output`"))
 }

@@ -87,7 +87,9 @@ impl RunDir {
     /// Removes all but the newest `keep` checkpoints, and what an interrupted save left. `keep` 0 keeps all.
     pub fn prune(&self, keep: usize) -> Result<()> {
         let remove = |path: &Path| std::fs::remove_dir_all(path).map_err(|e| Error::io("remove", path, e));
-        for name in list(&self.checkpoints())?.iter().filter(|n| n.starts_with('.')) {
+        // Other hidden names are not ours: file managers leave some.
+        let unfinished = |n: &&String| n.starts_with(".step-") && n.ends_with(".part");
+        for name in list(&self.checkpoints())?.iter().filter(unfinished) {
             remove(&self.checkpoints().join(name))?;
         }
         if let (Found::Checkpoints(steps), true) = (self.look()?, keep > 0) {
@@ -124,6 +126,7 @@ mod tests {
             std::fs::create_dir(run.checkpoint(step)).unwrap();
         }
         std::fs::create_dir(run.checkpoints().join(".step-000015.part")).unwrap();
+        std::fs::write(run.checkpoints().join(".DS_Store"), "").unwrap();
         assert_eq!(run.look().unwrap(), Found::Checkpoints(vec![5, 10, 1_000_000]));
         run.prune(2).unwrap();
         assert_eq!(run.look().unwrap(), Found::Checkpoints(vec![10, 1_000_000]));

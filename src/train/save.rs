@@ -49,7 +49,10 @@ impl Saver {
         step == self.max_steps || (self.every > 0 && step.is_multiple_of(self.every))
     }
 
-    /// Writes the checkpoint and the export, then removes checkpoints beyond the newest `keep`.
+    /// Writes the export, then the checkpoint, then removes checkpoints beyond the newest `keep`.
+    ///
+    /// In this order a run that is killed in between goes on from an older checkpoint and exports again; in the other
+    /// one the last checkpoint could say that the run is finished, with an export that is missing or older.
     pub fn save(&self, step: u64, trainable: &Trainable, optimizer: &AdamW, params: &[Parameter]) -> Result<()> {
         let weights = match self.mode {
             TrainingMode::Lora => Weights::Adapter(trainable.adapter()),
@@ -67,11 +70,11 @@ impl Saver {
                 config: self.config.clone(),
             },
         };
-        checkpoint.save(&self.dir.checkpoint(step))?;
         match &checkpoint.weights {
             Weights::Adapter(adapter) => write_exported(&self.dir.adapter(), adapter, self.dtype, &self.provenance)?,
             Weights::Full(tensors) => self.export_transformer(tensors)?,
         }
+        checkpoint.save(&self.dir.checkpoint(step))?;
         self.dir.prune(self.keep)
     }
 

@@ -7,7 +7,9 @@ use crate::config::{Config, LoraInit, TrainingMode};
 use crate::data::{Buckets, Dataset, Plan, PlanSettings, Sample, place};
 use crate::error::{Error, Result};
 use crate::model::source::{ModelSpec, PipelineFolder};
+use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
+use crate::model::vae::VaeConfig;
 use crate::progress::tell;
 use crate::train::checkpoint::{Checkpoint, State, Weights};
 use crate::train::run_dir::{Found, RunDir};
@@ -31,8 +33,7 @@ impl Start {
     pub fn decide(dir: &RunDir, config: &Config, resume: bool) -> Result<Self> {
         let found = dir.look()?;
         if !resume && found != Found::Empty {
-            return Err(Error::usage(format!("there is a run in `{}`", dir.root().display()))
-                .hint("continue it with `--resume auto`, or give this one another `output`"));
+            return Err(occupied(dir, &found));
         }
         match found {
             Found::Empty => Ok(Self::Fresh),
@@ -63,18 +64,48 @@ impl Start {
             Self::From(checkpoint) => &checkpoint.state,
             Self::Finished(state) => state,
         };
-        for (what, saved, now) in [
-            ("the dataset", &state.dataset_hash, dataset_hash),
-            ("the base model", &state.base_fingerprint, base_fingerprint),
+        for (what, changed, saved, now) in [
+            ("dataset", "images or captions were added, removed or changed", &state.dataset_hash, dataset_hash),
+            ("base model", "its config or weights are others", &state.base_fingerprint, base_fingerprint),
         ] {
             if saved != now {
-                return Err(Error::usage(format!("{what} is not the one of the run in `{}`", dir.root().display()))
-                    .expected(format!("fingerprint {saved}"), now)
+                return Err(Error::usage(format!("the run in `{}` has another {what}", dir.root().display()))
+                    .detail(changed)
+                    .expected(format!("the fingerprint {}", short(saved)), short(now))
                     .hint("restore it to continue this run, or give a new run another `output`"));
             }
         }
         Ok(())
     }
+}
+
+/// Why nothing is started in a folder that is not empty.
+fn occupied(dir: &RunDir, found: &Found) -> Error {
+    let root = dir.root().display();
+    let newest = match found {
+        Found::Checkpoints(steps) => steps.last().and_then(|&step| State::load(&dir.checkpoint(step)).ok()),
+        Found::Empty | Found::Started => None,
+    };
+    match newest {
+        Some(state) if state.step == state.max_steps => {
+            Error::usage(format!("there is a finished run in `{root}`")).hint("give this one another `output`")
+        }
+        Some(state) => Error::usage(format!("there is a run in `{root}`"))
+            .detail(format!("its last checkpoint is at step {} of {}", state.step, state.max_steps))
+            .hint("continue it with `--resume auto`, or give this one another `output`"),
+        None if !matches!(found, Found::Checkpoints(_)) && !dir.config().exists() => {
+            Error::usage(format!("the output folder `{root}` is not empty and holds no run"))
+                .hint("give another `output`")
+        }
+        None => Error::usage(format!("there is a run in `{root}`"))
+            .detail("it has no whole checkpoint")
+            .hint("`--resume auto` starts it again, or give this one another `output`"),
+    }
+}
+
+/// The beginning of a hash, enough to tell two apart.
+fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
 }
 
 fn last_whole(dir: &RunDir, config: &Config, steps: &[u64]) -> Result<Start> {
@@ -165,14 +196,30 @@ pub fn targets(config: &Config, transformer: &TransformerConfig) -> Result<Vec<T
     resolve_targets(&transformer.modules(), &entries, default)
 }
 
-/// The types that weights and activations have.
-pub fn precision(config: &Config) -> Precision {
+/// The types that weights and activations have. Errors: all weights are to be trained in another type than f32.
+pub fn precision(config: &Config) -> Result<Precision> {
     let compute = config.training.dtype.resolve(false);
     let weights = match config.model.dtype {
         crate::config::ComputeDtype::Auto => compute,
         given => given.resolve(false),
     };
-    Precision { weights, compute }
+    if config.training.mode == TrainingMode::Full && weights != DType::F32 {
+        return Err(Error::usage("`training.mode: full` trains weights in f32")
+            .expected("f32 as `model.dtype`", weights.as_str())
+            .hint("set `model.dtype: f32`; `training.dtype: bf16` is possible beside it"));
+    }
+    Ok(Precision { weights, compute })
+}
+
+/// Checks the tensors of all three networks against their configs, reading headers only, so that a broken file is
+/// found before anything is computed.
+pub fn check_networks(pipeline: &PipelineFolder) -> Result<()> {
+    let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
+    QwenImageTransformer::check_weights(&transformer, &pipeline.transformer.open()?)?;
+    let vae = VaeConfig::from_file(&pipeline.vae.config)?;
+    pipeline.vae.open()?.check(&vae.tensors(), |_| false)?;
+    let text_encoder = TextEncoderConfig::from_file(&pipeline.text_encoder.config)?;
+    TextEncoder::from_weights(text_encoder, pipeline.text_encoder.open()?, Residency::Streamed).map(|_| ())
 }
 
 /// Loads the transformer and puts on it what is trained: fresh, or as a checkpoint left it.
@@ -183,7 +230,7 @@ pub fn load_network(
 ) -> Result<(QwenImageTransformer, Trainable)> {
     let files = &pipeline.transformer;
     let transformer = TransformerConfig::from_file(&files.config)?;
-    let (precision, device) = (precision(config), Device::Cpu);
+    let (precision, device) = (precision(config)?, Device::Cpu);
     let saved = match start {
         Start::From(checkpoint) => Some(&checkpoint.weights),
         Start::Fresh | Start::Finished(_) => None,
@@ -212,10 +259,6 @@ pub fn load_network(
             Ok((model, trainable))
         }
         TrainingMode::Full => {
-            if precision.weights != DType::F32 {
-                return Err(Error::usage("`training.mode: full` trains f32 weights")
-                    .expected("f32", precision.weights.as_str()));
-            }
             let model = QwenImageTransformer::from_weights(
                 transformer,
                 &files.open()?,

@@ -1,0 +1,236 @@
+//! The run directory: when a run starts, continues or is refused, and that a refusal changes nothing.
+
+mod train_common;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use train_common::{OUTPUT, Workplace, assert_says, stderr, stdout, the_error};
+
+const SHORT: [&str; 4] = ["--set", "training.max_steps=8", "--set", "training.gradient_accumulation=1"];
+
+fn with<'a>(args: &[&'a str]) -> Vec<&'a str> {
+    [&SHORT[..], args].concat()
+}
+
+/// A run that was ended after its first checkpoint, at step 4 of 8.
+fn unfinished() -> Workplace {
+    let place = finished();
+    std::fs::remove_dir_all(place.run("checkpoints/step-000008")).unwrap();
+    place
+}
+
+fn finished() -> Workplace {
+    let place = Workplace::new();
+    place.train_ok(&SHORT);
+    assert_eq!(place.checkpoints(), [4, 8]);
+    place
+}
+
+/// Exit code 2, one error, and the run directory as it was; the error.
+fn refused(place: &Workplace, args: &[&str]) -> String {
+    let before = place.snapshot();
+    let error = the_error(&place.train(&with(args)), 2);
+    assert_unchanged(&before, place);
+    error
+}
+
+fn assert_unchanged(before: &BTreeMap<PathBuf, Vec<u8>>, place: &Workplace) {
+    let after = place.snapshot();
+    assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+    for (name, bytes) in before {
+        assert!(bytes == &after[name], "{} was changed", name.display());
+    }
+}
+
+#[test]
+fn an_absent_or_empty_folder_starts_a_run_with_and_without_resume() {
+    for (resume, make) in [(&[][..], false), (&["--resume", "auto"][..], false), (&[][..], true)] {
+        let place = Workplace::new();
+        if make {
+            std::fs::create_dir_all(place.path(OUTPUT)).unwrap();
+        }
+        // Without `output` in the config it is runs/<name of the config file>, from the current folder.
+        let output = place.train_ok(&with(resume));
+        assert_says(&stdout(&output), &["done: 8 steps", "runs/recipe/adapter.safetensors (24 modules", "\nnext: "]);
+        assert_eq!((place.steps_logged(), place.checkpoints()), (8, vec![4, 8]));
+        let names: Vec<_> = place.snapshot().into_keys().filter(|n| !n.starts_with("checkpoints")).collect();
+        assert_eq!(names, ["adapter.safetensors", "config.yaml", "metrics.jsonl"].map(PathBuf::from));
+    }
+}
+
+#[test]
+fn an_unfinished_run_is_refused_or_continued() {
+    let place = unfinished();
+    let error = refused(&place, &[]);
+    assert_says(&error, &["there is a run in `runs/recipe`", "last checkpoint is at step 4 of 8", "`--resume auto`"]);
+
+    let output = place.train_ok(&with(&["--resume", "auto"]));
+    assert_says(&stderr(&output), &["going on after step 4"]);
+    // The lines of steps 5 to 8 were there already: they are cut, not doubled.
+    assert_eq!(place.metrics(), finished().metrics());
+    assert_eq!(place.checkpoints(), [4, 8]);
+}
+
+#[test]
+fn a_run_without_checkpoint_is_refused_or_started_again() {
+    let place = finished();
+    std::fs::remove_dir_all(place.run("checkpoints")).unwrap();
+    assert_says(&refused(&place, &[]), &["there is a run in `runs/recipe`", "no whole checkpoint", "`--resume auto`"]);
+    place.train_ok(&with(&["--resume", "auto"]));
+    // The measurement before the first step stands there once.
+    assert_eq!(place.metrics(), finished().metrics());
+}
+
+#[test]
+fn a_finished_run_is_refused_or_left_alone() {
+    let place = finished();
+    let error = refused(&place, &[]);
+    assert_says(&error, &["there is a finished run in `runs/recipe`", "another `output`"]);
+    assert!(!error.contains("--resume"), "there is nothing to continue: {error}");
+    let before = place.snapshot();
+    let output = place.train_ok(&with(&["--resume", "auto"]));
+    assert_says(
+        &stdout(&output),
+        &["the run in `runs/recipe` is finished: 8 steps", "runs/recipe/adapter.safetensors"],
+    );
+    assert_unchanged(&before, &place);
+    let output = place.train_ok(&with(&["--resume", "auto", "--json"]));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&json["outcome"], &json["steps"]), (&"already finished".into(), &8.into()));
+}
+
+#[test]
+fn another_config_is_refused_with_the_differences() {
+    let changes = [
+        "--set",
+        "training.learning_rate=1e-3",
+        "--set",
+        "lora.rank=8",
+        "--set",
+        "data.resolution=64",
+        "--set",
+        "seed=8",
+    ];
+    for place in [unfinished(), finished()] {
+        refused(&place, &changes);
+        let error = refused(&place, &[&changes[..], &["--resume", "auto"]].concat());
+        assert_says(&error, &["has another config", "seed: 7 -> 8", "lora.rank: 4 -> 8", "training.learning_rate: "]);
+        assert_says(&error, &["data.resolution: [48, 64] -> 64"]);
+    }
+    // More steps are another course of the learning rate, even for a finished run.
+    let place = finished();
+    let longer = ["--resume", "auto", "--set", "training.max_steps=12"];
+    assert_says(&refused(&place, &longer), &["training.max_steps: 8 -> 12"]);
+}
+
+#[test]
+fn what_does_not_reach_the_weights_may_change() {
+    let place = unfinished();
+    let changes =
+        ["--set", "save.every=1", "--set", "save.keep=0", "--set", "evaluation.every=0", "--set", "data.prefetch=5"];
+    place.train_ok(&with(&[&changes[..], &["--resume", "auto"]].concat()));
+    assert_eq!(place.checkpoints(), [4, 5, 6, 7, 8]);
+    assert!(std::fs::read_to_string(place.run("config.yaml")).unwrap().contains("prefetch: 5"));
+}
+
+#[test]
+fn another_dataset_is_refused() {
+    for place in [unfinished(), finished()] {
+        let caption = place.path("images/01-red-circle.txt");
+        let before = std::fs::read(&caption).unwrap();
+        std::fs::write(&caption, "something else").unwrap();
+        refused(&place, &[]);
+        let error = refused(&place, &["--resume", "auto"]);
+        assert_says(
+            &error,
+            &["the run in `runs/recipe` has another dataset", "images or captions", "another `output`"],
+        );
+        std::fs::write(&caption, before).unwrap();
+        place.train_ok(&with(&["--resume", "auto"]));
+    }
+}
+
+#[test]
+fn another_base_model_is_refused() {
+    let place = unfinished();
+    let make = ["synth", "--preset", "tiny", "--out", "models/tiny", "--seed", "5"];
+    assert!(place.command(&make).status().unwrap().success());
+    let error = refused(&place, &["--resume", "auto", "--set", "model=models/tiny"]);
+    assert_says(&error, &["has another config", "model.path: synthetic:tiny -> "]);
+    // A folder of the same name with other weights in it.
+    let place = Workplace::new();
+    assert!(place.command(&make).status().unwrap().success());
+    place.train_ok(&with(&["--set", "model=models/tiny"]));
+    std::fs::remove_dir_all(place.path("models/tiny")).unwrap();
+    assert!(place.command(&[&make[..6], &["6"]].concat()).status().unwrap().success());
+    let error = refused(&place, &["--resume", "auto", "--set", "model=models/tiny"]);
+    assert_says(&error, &["has another base model"]);
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_gives_way_to_the_one_before() {
+    let whole = finished();
+    for file in ["adapter.safetensors", "optimizer.safetensors", "state.json"] {
+        let place = Workplace::new();
+        place.train_ok(&with(&["--set", "save.every=2", "--set", "save.keep=0"]));
+        std::fs::remove_dir_all(place.run("checkpoints/step-000008")).unwrap();
+        let damaged = place.run("checkpoints/step-000006").join(file);
+        let bytes = std::fs::read(&damaged).unwrap();
+        std::fs::write(&damaged, &bytes[..bytes.len() / 2]).unwrap();
+        let output = place.train_ok(&with(&["--resume", "auto", "--set", "save.keep=0"]));
+        assert_says(
+            &stderr(&output),
+            &["note: a newer checkpoint is damaged and not used", file, "going on after step 4"],
+        );
+        assert_eq!(place.metrics(), whole.metrics());
+        let adapter = |w: &Workplace| std::fs::read(w.run("checkpoints/step-000008/adapter.safetensors")).unwrap();
+        assert!(adapter(&place) == adapter(&whole));
+    }
+}
+
+#[test]
+fn without_any_whole_checkpoint_the_damage_is_named() {
+    let place = unfinished();
+    std::fs::write(place.run("checkpoints/step-000004/optimizer.safetensors"), "").unwrap();
+    let error = refused(&place, &["--resume", "auto"]);
+    assert_says(&error, &["step-000004/optimizer.safetensors` is not a whole safetensors file", "the file is empty"]);
+}
+
+#[test]
+fn the_newest_checkpoints_stay() {
+    for (keep, expected) in [("1", vec![8]), ("3", vec![4, 6, 8]), ("0", vec![2, 4, 6, 8])] {
+        let place = Workplace::new();
+        place.train_ok(&with(&["--set", "save.every=2", "--set", &format!("save.keep={keep}")]));
+        assert_eq!(place.checkpoints(), expected);
+    }
+    // The last step always writes one.
+    let place = Workplace::new();
+    place.train_ok(&with(&["--set", "save.every=0"]));
+    assert_eq!(place.checkpoints(), [8]);
+}
+
+#[test]
+fn a_folder_of_something_else_is_not_called_a_run() {
+    let place = Workplace::new();
+    std::fs::create_dir_all(place.path(OUTPUT)).unwrap();
+    std::fs::write(place.run("letter.odt"), "dear").unwrap();
+    assert_says(&refused(&place, &[]), &["`runs/recipe` is not empty and holds no run", "another `output`"]);
+    let place = Workplace::new();
+    std::fs::create_dir_all(place.path("runs")).unwrap();
+    std::fs::write(place.path(OUTPUT), "a file").unwrap();
+    assert_says(&the_error(&place.train(&SHORT), 2), &["`runs/recipe"]);
+}
+
+#[test]
+fn a_dry_run_reports_and_writes_nothing() {
+    let place = Workplace::new();
+    let output = place.train_ok(&["--dry-run"]);
+    let text = stdout(&output);
+    assert_says(&text, &["images      8 with 8 different captions", "4 held out", "24 steps, 6.0 epochs"]);
+    assert_says(&text, &["in 24 modules", "dry run: nothing was written"]);
+    assert!(!place.path("runs").exists());
+    let json = place.train_ok(&["--dry-run", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!((&json["outcome"], &json["found"]["images"]), (&"dry run".into(), &8.into()));
+    assert!(!place.path("runs").exists());
+}
