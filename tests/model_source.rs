@@ -220,12 +220,12 @@ fn a_folder_that_is_no_pipeline_is_told_what_it_is() {
 
     let folder = tempfile::tempdir().unwrap();
     let say = || refused(&spec(folder.path()));
-    assert_says(&tell(), &["not a model", "found an empty folder"]);
+    assert_says(&say(), &["not a model", "found an empty folder"]);
     let put = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap();
     put("qwen_image_bf16.safetensors", b"");
-    assert_says(&tell(), &["found qwen_image_bf16.safetensors", "transformer: FILE"]);
+    assert_says(&say(), &["found qwen_image_bf16.safetensors", "transformer: FILE"]);
     put("adapter_config.json", b"{}");
-    assert_says(&tell(), &["it holds a LoRA", "wants the base model"]);
+    assert_says(&say(), &["it holds a LoRA", "wants the base model"]);
     let outer = tempfile::tempdir().unwrap();
     copy(pristine(), &outer.path().join("inner"));
     assert_says(&refused(&spec(outer.path())), &["did you mean", "inner"]);
