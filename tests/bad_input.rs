@@ -227,7 +227,35 @@ fn a_vae_that_makes_infinities_is_named_with_the_image() {
     let place = with_model();
     poke(&weights(&place, "vae"), "quant_conv.bias", f32::INFINITY);
     let error = the_error(&place.train(&[&SHORT[..], &MODEL].concat()), 1);
+    assert!(!place.run("config.yaml").exists());
     assert_says(&error, &["the VAE made NaN or infinity of `0", ".png`", "hint: the VAE's weights"]);
+}
+
+#[test]
+fn a_text_encoder_that_makes_infinities_is_named_with_the_caption() {
+    let place = with_model();
+    poke(&weights(&place, "text_encoder"), "model.norm.weight", f32::NAN);
+    let error = the_error(&place.train(&[&SHORT[..], &MODEL].concat()), 1);
+    assert_says(
+        &error,
+        &["the text encoder made NaN or infinity of the caption `", "hint: the text encoder's weights"],
+    );
+    assert!(!place.run("config.yaml").exists());
+}
+
+/// The export comes before the checkpoint: a run whose last export failed is not taken for a finished one.
+#[test]
+fn no_checkpoint_says_finished_before_the_adapter_is_exported() {
+    let place = Workplace::new();
+    std::fs::create_dir_all(place.run("adapter.safetensors")).unwrap();
+    let args = [&SHORT[..], &["--resume", "auto", "--quiet"]].concat();
+    let error = the_error(&place.train(&args), 1);
+    assert_says(&error, &["cannot write `runs/recipe/adapter.safetensors`"]);
+    assert!(place.checkpoints().is_empty());
+    assert!(!place.run(".adapter.safetensors.part").exists());
+    std::fs::remove_dir(place.run("adapter.safetensors")).unwrap();
+    place.train_ok(&args);
+    assert!(place.run("adapter.safetensors").is_file() && place.checkpoints() == [4]);
 }
 
 /// A disk that is full in the middle of a save. A limit on the size of files makes the same writes fail.

@@ -80,6 +80,23 @@ fn ctrl_c_saves_exits_130_and_resumes_to_the_same_bytes() {
     assert_same_run(&uninterrupted("2"), &place);
 }
 
+/// Ctrl+C before the first step: what is cached stays, and as nothing has been trained the same command starts.
+#[test]
+fn ctrl_c_while_caching_leaves_no_run_behind() {
+    let place = Workplace::new();
+    let args = ["--set", "data.resolution=[256, 320]", "--set", "training.max_steps=4", "--set", "evaluation.every=0"];
+    let args = [&args[..], &["--set", "training.gradient_accumulation=1", "--set", "training.batch_size=1"]].concat();
+    let mut run = place.spawn(&args);
+    // Nine captions, the empty one among them, then sixteen latents, one by one.
+    let cached = || files(&place.path("runs/.cache")).iter().filter(|f| !f.to_string_lossy().starts_with('.')).count();
+    assert!(run.wait_until(|| cached() > 10), "interrupted too late");
+    run.signal(libc::SIGINT);
+    let error = the_error(&run.output(), 130);
+    assert!(error.contains("stopped while filling the caches\nhint: run it again"), "{error}");
+    let output = place.train_ok(&args);
+    assert!(!stderr(&output).contains("latents: 16 computed, 0 from the cache"), "{}", stderr(&output));
+}
+
 /// The terminal is closed while the run goes on (a lost connection): nobody reads what it prints.
 #[test]
 fn a_closed_terminal_is_no_end_of_the_run() {

@@ -76,6 +76,8 @@ fn a_run_without_checkpoint_is_refused_or_started_again() {
     let place = finished();
     std::fs::remove_dir_all(place.run("checkpoints")).unwrap();
     assert_says(&refused(&place, &[]), &["there is a run in `runs/recipe`", "no whole checkpoint", "`--resume auto`"]);
+    let error = refused(&place, &["--resume", "auto", "--set", "lora.rank=8"]);
+    assert_says(&error, &["has another config", "lora.rank: 4 -> 8"]);
     place.train_ok(&with(&["--resume", "auto"]));
     // The measurement before the first step stands there once.
     assert_eq!(place.metrics(), finished().metrics());
@@ -193,7 +195,14 @@ fn without_any_whole_checkpoint_the_damage_is_named() {
     let place = unfinished();
     std::fs::write(place.run("checkpoints/step-000004/optimizer.safetensors"), "").unwrap();
     let error = refused(&place, &["--resume", "auto"]);
-    assert_says(&error, &["step-000004/optimizer.safetensors` is not a whole safetensors file", "the file is empty"]);
+    assert_says(
+        &error,
+        &[
+            "no checkpoint in `runs/recipe/checkpoints` is whole\n  ",
+            "step-000004/optimizer.safetensors` is not a whole",
+            "hint: put",
+        ],
+    );
 }
 
 #[test]

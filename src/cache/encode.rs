@@ -100,7 +100,14 @@ fn encode_prompts<'a>(
     captions: impl Iterator<Item = &'a str>,
 ) -> Result<Vec<Entry>> {
     let encoder = PromptEncoder { tokenizer, text_encoder, template, max_sequence_length };
-    let embeds = encoder.encode(&captions.collect::<Vec<_>>(), |_| {})?;
+    let captions: Vec<&str> = captions.collect();
+    let embeds = encoder.encode(&captions, |_| {})?;
+    for (caption, embeds) in captions.iter().zip(&embeds) {
+        if !is_finite(embeds)? {
+            return Err(Error::run(format!("the text encoder made NaN or infinity of the caption `{caption}`"))
+                .hint("the text encoder's weights are damaged, or not those of a Qwen-Image text encoder"));
+        }
+    }
     Ok(embeds.into_iter().map(|e| Entry::from([(PROMPT_EMBEDS.to_string(), e)])).collect())
 }
 
@@ -129,12 +136,15 @@ fn encode_image(vae: &Vae, request: &CacheRequest, sample: usize) -> Result<Tens
     let image = cover_crop(&request.dataset.load(item)?, bucket.height(), bucket.width())?;
     let pixels = Tensor::from_vec(to_pixels(&image), (1, 3, bucket.height(), bucket.width()), &Device::Cpu)?;
     let latents = vae.config().normalize(&vae.encode(&pixels)?.mean)?;
-    let finite = latents.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite();
-    if !finite {
+    if !is_finite(&latents)? {
         return Err(Error::run(format!("the VAE made NaN or infinity of `{}`", request.dataset.items()[item].path))
             .hint("the VAE's weights are damaged, or not those of a Qwen-Image VAE"));
     }
     Ok(latents.squeeze(0)?)
+}
+
+fn is_finite(tensor: &Tensor) -> Result<bool> {
+    Ok(tensor.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite())
 }
 
 fn check_stop(request: &CacheRequest) -> Result<()> {

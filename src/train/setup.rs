@@ -109,20 +109,23 @@ fn short(hash: &str) -> &str {
 }
 
 fn last_whole(dir: &RunDir, config: &Config, steps: &[u64]) -> Result<Start> {
-    let mut first_error = None;
+    let mut damage = Vec::new();
     for &step in steps.iter().rev() {
         match Checkpoint::load(&dir.checkpoint(step), &Device::Cpu) {
             Ok(checkpoint) => {
-                if let Some(error) = first_error {
-                    tell(format_args!("note: a newer checkpoint is damaged and not used: {error}"));
-                }
+                damage
+                    .iter()
+                    .for_each(|line| tell(format_args!("note: a newer checkpoint is damaged and not used: {line}")));
                 refuse_differences(dir, config, &checkpoint.state.config)?;
                 return Ok(Start::From(Box::new(checkpoint)));
             }
-            Err(error) => first_error = first_error.or(Some(error)),
+            // Its hint is about files that are given, not about ours.
+            Err(error) => damage.extend(error.to_string().lines().next().map(str::to_string)),
         }
     }
-    Err(first_error.expect("there was at least one checkpoint").into_usage())
+    let error = Error::usage(format!("no checkpoint in `{}` is whole", dir.checkpoints().display()));
+    let error = damage.into_iter().fold(error, Error::detail);
+    Err(error.hint("put back a copy of one, or start a new run with another `output`"))
 }
 
 fn refuse_differences(dir: &RunDir, config: &Config, saved: &str) -> Result<()> {
