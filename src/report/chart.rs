@@ -15,11 +15,18 @@ pub(super) enum Style {
     Dots,
 }
 
+/// Points (step, value) under one name.
+struct Series {
+    name: &'static str,
+    style: Style,
+    points: Vec<(f64, f64)>,
+}
+
 /// A chart over the steps of the run.
 pub(super) struct Chart {
     id: &'static str,
     title: &'static str,
-    series: Vec<(&'static str, Style, Vec<(f64, f64)>)>,
+    series: Vec<Series>,
 }
 
 const WIDTH: f64 = 560.0;
@@ -40,7 +47,7 @@ impl Chart {
 
     /// Adds a series of (step, value).
     pub fn with(mut self, name: &'static str, style: Style, points: Vec<(f64, f64)>) -> Self {
-        self.series.push((name, style, points));
+        self.series.push(Series { name, style, points });
         self
     }
 
@@ -48,7 +55,7 @@ impl Chart {
     pub fn svg(&self, max_step: f64) -> String {
         let mut out = format!("<figure id=\"{}\">\n<figcaption>{}", self.id, escape(self.title));
         if self.series.len() > 1 {
-            for (name, style, _) in &self.series {
+            for Series { name, style, .. } in &self.series {
                 let class = if *style == Style::Faint { "key faint" } else { "key" };
                 let _ = write!(out, "<span class=\"{class}\">{name}</span>");
             }
@@ -93,7 +100,7 @@ impl Chart {
                 tick.round()
             );
         }
-        for (name, style, points) in &self.series {
+        for Series { name, style, points } in &self.series {
             let class = match style {
                 Style::Faint => "faint",
                 Style::Line => "line",
@@ -128,7 +135,7 @@ impl Chart {
     /// Lowest and highest value to show: of pale series, which jump about, without the wildest 2% at either end.
     fn range(&self) -> Option<(f64, f64)> {
         let mut shown: Vec<f64> = Vec::new();
-        for (_, style, points) in &self.series {
+        for Series { style, points, .. } in &self.series {
             let mut values: Vec<f64> = points.iter().map(|p| p.1).collect();
             values.sort_by(f64::total_cmp);
             let cut = if *style == Style::Faint { values.len() / 50 } else { 0 };

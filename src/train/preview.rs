@@ -63,7 +63,7 @@ impl Previews {
         let store = Store::open(&config.cache_dir())?;
         let read = |key: &Key| -> Result<Tensor> {
             let embeds = store.get(key)?.and_then(|mut entry| entry.remove(PROMPT_EMBEDS));
-            Ok(embeds.ok_or_else(|| Error::run("the embedding of a preview's prompt has vanished from the cache"))?)
+            embeds.ok_or_else(|| Error::run("the embedding of a preview's prompt has vanished from the cache"))
         };
         let mut embeds: Vec<Tensor> = keys.iter().map(read).collect::<Result<_>>()?;
         let negative = embeds.pop().filter(|_| settings.guidance > 1.0);
