@@ -4,7 +4,6 @@
 use crate::adapters::read::ModuleTable;
 use crate::adapters::runtime::{combine, read_lora};
 use crate::adapters::{LoraAdapter, LoraModule};
-use crate::cache::encode::network_files;
 use crate::cache::fingerprint;
 use crate::config::{ComputeDtype, ImageSize};
 use crate::error::{Error, Result};
@@ -98,7 +97,7 @@ impl Generator {
         let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
         let vae = VaeConfig::from_file(&pipeline.vae.config)?;
         let mut notes = Vec::new();
-        let print = fingerprint(&network_files(&pipeline.transformer)?)?;
+        let print = fingerprint(&pipeline.transformer.files()?)?;
         if !recipe.base_fingerprint.is_empty() && recipe.base_fingerprint != print {
             notes.push("the model is not the one that the image was made with; the result will differ".into());
         }
