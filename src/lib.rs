@@ -16,6 +16,7 @@ pub mod model;
 pub mod optim;
 pub mod progress;
 pub mod prompt;
+pub mod report;
 pub mod rng;
 pub mod sample;
 pub mod train;

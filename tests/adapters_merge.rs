@@ -246,7 +246,7 @@ fn scaled_fp8_and_gguf_bases_are_dequantised_and_merged() {
     for name in weights.names() {
         let shape = weights.shape(name).unwrap();
         let tensor = weights.get(name, shape, DType::F32, &Device::Cpu).unwrap();
-        let blocks = shape.len() == 2 && shape[1] % 32 == 0;
+        let blocks = shape.len() == 2 && shape[1].is_multiple_of(32);
         let quantised = QTensor::quantize(&tensor, if blocks { GgmlDType::Q8_0 } else { GgmlDType::F16 }).unwrap();
         let values = quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         held.insert(name.to_string(), values);

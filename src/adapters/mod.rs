@@ -10,6 +10,7 @@ pub mod lora;
 pub mod matrix;
 pub mod merge;
 pub mod read;
+pub mod runtime;
 pub mod target;
 pub mod write;
 

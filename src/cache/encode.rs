@@ -22,6 +22,8 @@ pub struct CacheRequest<'a> {
     pub dataset: &'a Dataset,
     /// The shapes in which each image is wanted.
     pub samples: &'a [Sample],
+    /// Prompts that are wanted beside the captions.
+    pub extra_prompts: &'a [&'a str],
     /// Text tokens kept of a caption at most.
     pub max_sequence_length: usize,
     /// No progress bars.
@@ -34,6 +36,8 @@ pub struct CacheRequest<'a> {
 pub struct CacheReport {
     /// Embeddings.
     pub prompts: Filled,
+    /// The entries of the extra prompts, in order.
+    pub extra_prompts: Vec<Key>,
     /// Latents.
     pub latents: Filled,
 }
@@ -57,7 +61,8 @@ pub fn fill_caches(dir: &Path, request: &CacheRequest) -> Result<(CachedSamples,
         caption_of: request.dataset.items().iter().map(|item| key_of(&item.caption)).collect(),
         empty_caption: key_of(""),
     };
-    Ok((samples, CacheReport { prompts, latents }))
+    let extra_prompts = request.extra_prompts.iter().map(|prompt| key_of(prompt)).collect();
+    Ok((samples, CacheReport { prompts, extra_prompts, latents }))
 }
 
 fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashMap<&'a str, Key>, Filled)> {
@@ -66,7 +71,8 @@ fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashM
     let mut files = pipeline.text_encoder.files()?;
     files.extend(folder_files(&pipeline.tokenizer)?);
     let encoder = fingerprint(&files)?;
-    let captions = request.dataset.captions();
+    let mut captions = request.dataset.captions();
+    captions.extend(request.extra_prompts);
     let key =
         |c: &&str| Key::prompt_embeds(c, &template.apply("{}"), request.max_sequence_length, &encoder, DType::F32);
     let keys: Vec<Key> = captions.iter().map(key).collect();

@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod config;
+pub mod generate;
 pub mod synth;
 pub mod train;
 pub mod verify;
@@ -40,6 +41,7 @@ macro_rules! verbs {
 
 verbs! {
     train: Train(TrainArgs);
+    generate: Generate(GenerateArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
     synth: Synth(SynthArgs);

@@ -291,6 +291,24 @@ impl<T: Field> Field for Option<T> {
     }
 }
 
+impl<T: Field> Field for Vec<T> {
+    fn kind() -> String {
+        format!("a list, each entry {}", T::kind())
+    }
+    fn schema() -> Json {
+        json!({"type": "array", "items": T::schema()})
+    }
+    fn read(node: &Node, at: &At) -> Result<Self> {
+        match &node.content {
+            Content::List(list) => list.iter().enumerate().map(|(i, entry)| T::read(entry, &at.child(i))).collect(),
+            _ => Err(at.unexpected(node, Self::kind())),
+        }
+    }
+    fn write(&self) -> Node {
+        Node::made(Content::List(self.iter().map(Field::write).collect()))
+    }
+}
+
 /// Fails for a key of the mapping `node` that is not in `known`, and names the nearest one, or the sections of the
 /// file that do know it.
 pub fn check_keys(node: &Node, at: &At, known: &[&'static str]) -> Result<()> {

@@ -6,10 +6,12 @@
 pub mod field;
 pub mod reference;
 pub mod sections;
+pub mod size;
 pub mod tree;
 pub mod types;
 
-pub use sections::{Data, Evaluation, Flow, Lora, Model, Save, Target, Targets, Training};
+pub use sections::{Data, Evaluation, Flow, Lora, Model, Preview, Save, Target, Targets, Training};
+pub use size::ImageSize;
 pub use types::{
     Betas, Checkpointing, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting, LrSchedule, Optimizer,
     Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, Stages, TrainingMode,
@@ -45,11 +47,14 @@ section! {
         save: Save = Save::default();
         /// The held-out loss.
         evaluation: Evaluation = Evaluation::default();
+        /// Pictures made during the run.
+        preview: Preview = Preview::default();
     }
 }
 
 /// Keys that may change between a checkpoint and its resumption: none of them reaches the weights. All others must
-/// stay, `training.max_steps` too, because the learning rate of every step depends on it.
+/// stay, `training.max_steps` too, because the learning rate of every step depends on it. (`preview` may change too; it
+/// is not part of what is compared.)
 const MAY_CHANGE: [&str; 9] = [
     "output",
     "device",
@@ -106,6 +111,12 @@ impl Config {
                 .expected("`flow.sigma_min` below `flow.sigma_max`", self.flow.sigma_min)
                 .detail(format!("`flow.sigma_max` is {}", self.flow.sigma_max)));
         }
+        let preview = &self.preview;
+        if preview.every > 0 && (preview.prompts.is_empty() || preview.seeds.is_empty()) {
+            let empty = if preview.prompts.is_empty() { "prompts" } else { "seeds" };
+            return Err(Error::usage(format!("`preview.every` is {}, but `preview.{empty}` is empty", preview.every))
+                .hint("say what to show: `preview: {every: 100, prompts: [a cat on a chair], seeds: [1]}`"));
+        }
         if self.data.caption_weight == 0.0 && self.data.caption_dropout == 0.0 {
             return Err(Error::usage("every sample would have weight 0")
                 .detail("`data.caption_weight` is 0 and no caption is dropped (`data.caption_dropout` is 0)"));
@@ -133,8 +144,8 @@ impl Config {
         serde_saphyr::to_string(&self.write()).expect("a tree of plain values is YAML")
     }
 
-    /// The config for the adapter's metadata: JSON with sorted keys, without `output` and `device`, and without paths
-    /// of this machine (a model or data folder is reduced to its name, the cache folder left out).
+    /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device` and `preview`,
+    /// which reach no weight, and without paths of this machine (a model or data folder is reduced to its name, the cache folder left out).
     pub fn embedded_json(&self) -> String {
         serde_json::to_value(self.embedded()).expect("a tree of plain values is JSON").to_string()
     }
@@ -152,6 +163,7 @@ impl Config {
         let mut root = config.write();
         root.remove("output");
         root.remove("device");
+        root.remove("preview");
         root.get_mut("data").expect("a section of the config").remove("cache_dir");
         root
     }

@@ -1,6 +1,7 @@
 //! The sections of the config file. The doc comments are the user's reference: `docs/config.md` is made from them.
 
 use crate::config::field::{At, Field, Range, section};
+use crate::config::size::ImageSize;
 use crate::config::tree::{Content, Node};
 use crate::config::types::{
     Betas, Checkpointing, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Optimizer, Positive, Rank,
@@ -222,5 +223,26 @@ section! {
         every: usize = 100, Range::at_least(0.0);
         /// Noise levels per image, spread evenly over their distribution.
         num_sigmas: usize = 4, Range::between(1.0, 100.0);
+    }
+}
+
+section! {
+    /// Pictures made during the run, always of the same prompts and seeds: by the base model and with what is trained,
+    /// side by side in `samples/` and in `report.html`. They never change the training.
+    pub struct Preview {
+        /// Made every so many steps, and at the end; 0 turns previews off.
+        every: usize = 0, Range::at_least(0.0);
+        /// What to show: one row of pictures each.
+        prompts: Vec<String> = Vec::new();
+        /// What not to show.
+        negative_prompt: String = " ".into();
+        /// Each prompt is drawn once with each seed.
+        seeds: Vec<u64> = vec![0];
+        /// Denoising steps of a picture.
+        steps: usize = 20, Range::between(1.0, 1000.0);
+        /// Size of a picture, such as `512x768` or `16:9`; null means a square of the first `data.resolution`.
+        size: Option<ImageSize> = None;
+        /// Scale of classifier-free guidance; 1 turns it off and halves the time.
+        guidance: f64 = 4.0, Range::between(1.0, 100.0);
     }
 }

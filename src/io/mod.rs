@@ -8,6 +8,7 @@ pub mod fp8;
 pub mod gguf;
 pub mod hub;
 pub mod json;
+pub mod png;
 pub mod safetensors;
 pub mod weights;
 

@@ -121,6 +121,24 @@ impl DryRun {
     }
 }
 
+impl DryRun {
+    /// What the page about the run says of data set and network.
+    pub fn facts(&self) -> Vec<(&'static str, String)> {
+        let modules = if self.modules > 0 { format!(" in {} modules", self.modules) } else { String::new() };
+        vec![
+            ("images", self.images.to_string()),
+            ("different captions", self.captions.to_string()),
+            ("buckets", self.buckets.join(", ")),
+            ("samples in an epoch", self.samples_per_epoch.to_string()),
+            ("batches in an epoch", self.batches_per_epoch.to_string()),
+            ("held-out samples", self.held_out_samples.to_string()),
+            ("epochs in the run", format!("{:.1}", self.epochs)),
+            ("base parameters", format!("{:.1} M", self.base_params as f64 / 1e6)),
+            ("trained parameters", format!("{:.2} M{modules}", self.trainable_params as f64 / 1e6)),
+        ]
+    }
+}
+
 impl Outcome {
     /// One JSON object.
     pub fn to_json(&self) -> Json {
@@ -184,6 +202,7 @@ impl fmt::Display for Report {
         }
         write!(f, "\n  metrics      {}", self.dir.metrics().display())?;
         write!(f, "\n  checkpoint   {}", self.dir.checkpoint(self.last_step).display())?;
+        write!(f, "\n  report       {}", self.dir.report().display())?;
         if self.full {
             return write!(f, "\nnext: use it in place of the base model's `transformer` folder");
         }

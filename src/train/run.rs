@@ -8,11 +8,13 @@ use crate::flow::FlowMatchEuler;
 use crate::io::write_atomic;
 use crate::model::source::ModelSource;
 use crate::optim::{Accumulator, AdamW, AdamWOptions, clip_grad_norm, learning_rate};
+use crate::report::Page;
 use crate::train::batches::{Batches, TrainBatch};
 use crate::train::held_out::HeldOut;
 use crate::train::interrupt;
 use crate::train::metrics::{MetricsFile, StepMetrics};
 use crate::train::outcome::{DryRun, Outcome, Report};
+use crate::train::preview::{self, Previews};
 use crate::train::progress::Progress;
 use crate::train::run_dir::{Found, RunDir};
 use crate::train::save::Saver;
@@ -58,10 +60,12 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     progress.notes(&data.notices);
 
     dir.create()?;
+    let preview_prompts = preview::prompts(&config.preview);
     let request = CacheRequest {
         pipeline: &pipeline,
         dataset: &data.dataset,
         samples: &data.samples,
+        extra_prompts: &preview_prompts,
         max_sequence_length: config.data.max_sequence_length,
         quiet: options.quiet,
         stop: &interrupt::requested,
@@ -69,7 +73,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     let (samples, cached) = fill_caches(&config.cache_dir(), &request)?;
     progress.cached(&cached);
 
-    let (model, trainable) = setup::load_network(config, &pipeline, &start)?;
+    let (mut model, trainable) = setup::load_network(config, &pipeline, &start)?;
     // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
     let yaml = config.to_yaml();
     write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;
@@ -88,6 +92,16 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     let provenance = setup::provenance(config, &dataset_hash, &base_fingerprint);
     let mut metrics = MetricsFile::open(&dir.metrics(), first_step)?;
     let saver = Saver::new(config, &dir, &pipeline, provenance);
+    let previews = Previews::new(config, &dir, &pipeline, &base_fingerprint, &cached.extra_prompts);
+    let mut previews = previews.unwrap_or_else(|error| {
+        progress.notes(&[format!("no previews: {error}")]);
+        None
+    });
+    if let Some(previews) = &mut previews {
+        let note = previews.begin(first_step, &mut model, &trainable);
+        progress.notes(note.as_slice());
+    }
+    let page = Page::new(config, &dir, dry_run.facts());
     let mut report = Report::new(&dir, &trainable, first_step);
 
     let accumulation = config.training.gradient_accumulation as u64;
@@ -137,8 +151,16 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
             report.held_out(&measured);
         }
         let stop = interrupt::requested();
-        if saver.is_due(done) || stop {
+        let saves = saver.is_due(done) || stop;
+        if saves {
             saver.save(done, &trainable, &optimizer, &params)?;
+        }
+        let shows = previews.as_ref().filter(|previews| previews.is_due(done) && !stop);
+        if let Some(previews) = shows {
+            progress.notes(previews.make(done, &model).as_slice());
+        }
+        if measures(done) || saves || shows.is_some() {
+            progress.notes(page.write(done).as_slice());
         }
         if stop && done < max_steps {
             progress.end();

@@ -48,6 +48,16 @@ impl RunDir {
         self.root.join("metrics.jsonl")
     }
 
+    /// The folder of preview pictures.
+    pub fn samples(&self) -> PathBuf {
+        self.root.join("samples")
+    }
+
+    /// The page about the run.
+    pub fn report(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+
     /// The trained transformer of a full fine-tuning run.
     pub fn transformer(&self) -> PathBuf {
         self.root.join("transformer")

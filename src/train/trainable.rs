@@ -70,6 +70,20 @@ impl Trainable {
         self.names.iter().zip(&self.leaves).map(one).collect()
     }
 
+    /// Whether an adapter is trained, which can be taken off the network.
+    pub fn is_adapter(&self) -> bool {
+        !self.modules.is_empty()
+    }
+
+    /// Takes the adapter off the network that it was attached to: `false`, or puts it back: `true`. The leaves stay the
+    /// ones in training.
+    pub fn set_active(&self, model: &mut QwenImageTransformer, active: bool) {
+        for (module, pair) in self.modules.iter().zip(self.leaves.chunks_exact(2)) {
+            let lora = Lora { a: pair[0].clone(), b: pair[1].clone(), scale: module.scale };
+            model.set_adapter(&module.name, active.then_some(lora));
+        }
+    }
+
     /// Overwrites the values by those of a checkpoint. Errors: a tensor missing or of another shape.
     pub fn restore(&self, tensors: &[(String, Tensor)]) -> Result<()> {
         let saved: BTreeMap<&str, &Tensor> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();

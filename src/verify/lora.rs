@@ -1,9 +1,8 @@
 //! Replays training: the gradients of one step, ten AdamW steps, and outputs with an adapter active.
 
 use super::transformer::{Call, image_shapes, lengths, load};
-use crate::adapters::delta::{Delta, Factors};
-use crate::adapters::matrix::Matrix;
-use crate::adapters::read::{AdapterFile, ModuleEntry, ModuleTable, ReadOptions};
+use crate::adapters::read::ModuleTable;
+use crate::adapters::runtime::read_lora;
 use crate::adapters::{LoraAdapter, LoraModule};
 use crate::error::{Error, Result};
 use crate::io::JsonObject;
@@ -135,26 +134,12 @@ pub(super) fn adapter_output(case: &Case, path: &Path) -> Result<Computed> {
     let mut model = load(case, DType::F32, |_| {})?;
     let adapter = match path.join("state.json").exists() {
         true => checkpoint::load_adapter(path, &Device::Cpu)?,
-        false => read_file(path, &ModuleTable::new(&model.config().modules()))?,
+        false => {
+            let (adapter, warnings) = read_lora(path, &ModuleTable::new(&model.config().modules()))?;
+            warnings.iter().for_each(|w| tell(format_args!("warning: {w}")));
+            adapter
+        }
     };
     Trainable::attach(&mut model, &adapter)?;
     Ok(Computed::new("adapter.output", Call::read(case, "tf.b2_mask.")?.run(&model, &mut |_, _| {})?))
-}
-
-/// An adapter file of any spelling, as a plain low-rank adapter.
-fn read_file(path: &Path, table: &ModuleTable) -> Result<LoraAdapter> {
-    let options = ReadOptions { table, text_encoder: None, alpha: None, allow_unmatched: false };
-    let file = AdapterFile::open(path, &options)?;
-    file.warnings.iter().for_each(|w| tell(format_args!("warning: {w}")));
-    let module = |(name, entry): (&String, &ModuleEntry)| -> Result<(String, LoraModule)> {
-        let Delta { factors: Factors::Lora { a, b }, scale, magnitude: None } = file.delta(name, entry)? else {
-            return Err(Error::usage(format!("`{}` is not a plain LoRA", path.display()))
-                .detail(format!("`{name}` is another kind of adapter"))
-                .hint("convert it first"));
-        };
-        let tensor = |m: Matrix| Tensor::from_vec(m.data, (m.rows, m.cols), &Device::Cpu);
-        let alpha = scale * a.rows as f64;
-        Ok((name.clone(), LoraModule { a: tensor(a)?, b: tensor(b)?, alpha, scale }))
-    };
-    Ok(LoraAdapter { modules: file.transformer.iter().map(module).collect::<Result<_>>()? })
 }
