@@ -22,3 +22,17 @@ pub fn bar(total: usize, label: &str, quiet: bool) -> ProgressBar {
     }
     bar
 }
+
+/// A bar over `total` bytes: label, bar, bytes, rate, time left. Hidden when `quiet`.
+pub fn bytes_bar(total: u64, label: &str, quiet: bool) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{prefix} [{wide_bar}] {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  ETA {eta}",
+    )
+    .expect("the template is well-formed")
+    .progress_chars("=> ");
+    let bar = ProgressBar::new(total).with_prefix(label.to_string()).with_style(style);
+    if quiet {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bar
+}

@@ -2,7 +2,7 @@
 
 mod adapters_common;
 
-use adapters_common::{fixture, options, table};
+use adapters_common::{deltas, fixture, floats, normals, options, run, run_ok, table, worst};
 use qwen_lora::adapters::merge::{Base, OutputForm, Weighted};
 use qwen_lora::adapters::read::{AdapterFile, Component, ReadOptions};
 use qwen_lora::error::Kind;
@@ -332,4 +332,155 @@ fn nothing_is_overwritten_and_wrong_outputs_are_refused() {
         let error = Base::open(&base).err().expect("no base").to_string();
         assert!(error.contains(why), "{error}");
     }
+}
+
+/// A LoRA with ranks and alphas that differ from module to module, and a module that the recorded one has not.
+fn mixed_adapter(path: &Path, table: &qwen_lora::adapters::read::ModuleTable) {
+    let mut tensors = Vec::new();
+    for (i, (name, rank, alpha)) in
+        [("transformer_blocks.0.attn.to_q", 2, 3.0), ("transformer_blocks.2.img_mlp.net.2", 5, 2.0), ("img_in", 1, 1.0)]
+            .into_iter()
+            .enumerate()
+    {
+        let (out, width) = table.shape(name).unwrap();
+        let stem = format!("lora_unet_{}", name.replace('.', "_"));
+        let item = 40 + 2 * i as u64;
+        tensors.push(floats(&format!("{stem}.lora_down.weight"), &[rank, width], &normals(item, rank * width)));
+        tensors.push(floats(&format!("{stem}.lora_up.weight"), &[out, rank], &normals(item + 1, out * rank)));
+        tensors.push(floats(&format!("{stem}.alpha"), &[], &[alpha]));
+    }
+    write(path, tensors, &BTreeMap::new()).unwrap();
+}
+
+#[test]
+fn a_merged_base_runs_as_the_base_with_the_adapters_at_run_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let case = fixture("case_b");
+    let (pipe, case) = (case.join("pipe").to_str().unwrap().to_string(), case.to_str().unwrap().to_string());
+    let one = fixture("case_b/lora/kohya_lora_unet.safetensors").to_str().unwrap().to_string();
+    let two = path("two.safetensors");
+    mixed_adapter(Path::new(&two), &table("case_b"));
+    let weights = "--weights=0.7,-0.4";
+    run_ok(["merge", &pipe, &one, &two, weights, "--out", &path("merged")]);
+    run_ok(["merge", "--into-adapter", &one, &two, weights, "--out", &path("concat.safetensors")]);
+    let verify = |model: &str, adapter: Option<&str>, name: &str| {
+        let output = path(&format!("{name}.out"));
+        let mut args = vec!["verify", "--model", model, "--reference", &case, "--output", &output, "--json"];
+        args.extend(adapter.into_iter().flat_map(|a| ["--adapter", a]));
+        // The merged model does not reproduce the recorded values of the base: that is the point.
+        let (code, _, err) = run(args);
+        assert!(code == 0 || adapter.is_none(), "{err}");
+        MappedFile::open(Path::new(&output)).unwrap()
+    };
+    let base = verify(&pipe, Some(&path("concat.safetensors")), "base");
+    let merged = verify(&path("merged"), None, "merged");
+    let (want, got) = (base.floats("adapter.output").unwrap(), merged.floats("tf.b2_mask.output").unwrap());
+    let plain = base.floats("tf.b2_mask.output").unwrap();
+    let worst = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+    assert!(worst(&got, &want) < 1e-5 * largest, "{} of {largest}", worst(&got, &want));
+    assert!(worst(&plain, &want) > 0.01 * largest, "the adapters do something");
+}
+
+#[test]
+fn other_kinds_of_adapter_are_merged_as_they_are_defined() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = Base::open(&fixture("case_a/pipe")).unwrap();
+    let table = base.transformer_table();
+    // 192 rows: more than one block of rows; the norms of columns need a pass over all of them.
+    let wide = "transformer_blocks.0.img_mlp.net.0.proj";
+    let square = "transformer_blocks.0.attn.to_q";
+    let files: [(&str, &str, Vec<RawTensor>); 4] = [
+        (
+            "lokr",
+            square,
+            vec![
+                floats(&format!("lycoris_{}.lokr_w1", square.replace('.', "_")), &[4, 4], &normals(1, 16)),
+                floats(&format!("lycoris_{}.lokr_w2", square.replace('.', "_")), &[12, 12], &normals(2, 144)),
+            ],
+        ),
+        (
+            "loha",
+            square,
+            vec![
+                floats(&format!("{square}.hada_w1_a"), &[48, 2], &normals(3, 96)),
+                floats(&format!("{square}.hada_w1_b"), &[2, 48], &normals(4, 96)),
+                floats(&format!("{square}.hada_w2_a"), &[48, 2], &normals(5, 96)),
+                floats(&format!("{square}.hada_w2_b"), &[2, 48], &normals(6, 96)),
+                floats(&format!("{square}.alpha"), &[], &[3.0]),
+            ],
+        ),
+        (
+            "dora_rows",
+            wide,
+            vec![
+                floats(&format!("{wide}.lora_A.weight"), &[2, 48], &normals(7, 96)),
+                floats(&format!("{wide}.lora_B.weight"), &[192, 2], &normals(8, 384)),
+                floats(&format!("{wide}.lora_magnitude_vector"), &[192], &normals(9, 192)),
+            ],
+        ),
+        (
+            "dora_columns",
+            wide,
+            vec![
+                floats(&format!("{wide}.lora_A.weight"), &[2, 48], &normals(10, 96)),
+                floats(&format!("{wide}.lora_B.weight"), &[192, 2], &normals(11, 384)),
+                floats(&format!("{wide}.dora_scale"), &[1, 48], &normals(12, 48)),
+            ],
+        ),
+    ];
+    let mut all = Vec::new();
+    let mut changes: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
+    for ((name, module, tensors), weight) in files.into_iter().zip([0.5f32, -1.5, 0.75, 0.25]) {
+        let path = dir.path().join(format!("{name}.safetensors"));
+        write(&path, tensors, &BTreeMap::new()).unwrap();
+        let adapter = AdapterFile::open(&path, &options(table)).unwrap();
+        let change = adapter
+            .delta(module, &adapter.transformer[module])
+            .unwrap()
+            .change_of(&base.weight(module).unwrap().unwrap());
+        let sum = changes.entry(module).or_insert_with(|| vec![0.0; change.data.len()]);
+        sum.iter_mut().zip(&change.data).for_each(|(s, c)| *s += weight * c);
+        all.push(Weighted { adapter, weight: f64::from(weight) });
+    }
+    // All together: DoRA refers to the base, not to what the others have made of it.
+    let out = dir.path().join("merged.safetensors");
+    base.merge(&all, &out, &OutputForm { single_file: true, dtype: None }, &|_| ()).unwrap();
+    let merged = MappedFile::open(&out).unwrap();
+    for (module, change) in changes {
+        let before = base.weight(module).unwrap().unwrap();
+        let got = merged.floats(&format!("{module}.weight")).unwrap();
+        for (i, ((got, before), change)) in got.iter().zip(&before.data).zip(&change).enumerate() {
+            assert!((got - before - change).abs() < 2e-6 * (1.0 + before.abs() + change.abs()), "{module}[{i}]");
+        }
+    }
+}
+
+#[test]
+fn an_adapter_is_extracted_from_what_it_was_merged_into() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let pipe = fixture("case_b/pipe").to_str().unwrap().to_string();
+    let (adapter, merged, out) = (path("in.safetensors"), path("merged"), path("out.safetensors"));
+    let table = table("case_b");
+    mixed_adapter(Path::new(&adapter), &table);
+    run_ok(["merge", &pipe, &adapter, "--out", &merged]);
+    let report = run_ok(["extract", &pipe, &merged, "--rank", "5", "--out", &out, "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let names: Vec<&str> =
+        report["modules"].as_array().unwrap().iter().map(|m| m["module"].as_str().unwrap()).collect();
+    assert_eq!(names, ["img_in", "transformer_blocks.0.attn.to_q", "transformer_blocks.2.img_mlp.net.2"]);
+    assert_eq!(report["not_extracted"].as_array().unwrap().len(), 0);
+    let (want, got) = (deltas(Path::new(&adapter), &options(&table)), deltas(Path::new(&out), &options(&table)));
+    assert!(worst(&got, &want) < 1e-5);
+    // A rank too small loses what it says it loses.
+    let small = path("small.safetensors");
+    let report = run_ok(["extract", &pipe, &merged, "--rank", "2", "--out", &small, "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let lost = report["modules"][2]["energy_lost"].as_f64().unwrap();
+    let name = "transformer_blocks.2.img_mlp.net.2";
+    let mut rest = want[name].clone();
+    rest.add_scaled(&deltas(Path::new(&small), &options(&table))[name], -1.0);
+    assert!((rest.energy() / want[name].energy() - lost).abs() < 1e-4 && lost > 0.05, "{lost}");
 }

@@ -4,7 +4,9 @@
 
 pub mod convert;
 pub mod delta;
+pub mod extract;
 pub mod file;
+pub mod inspect;
 pub mod linalg;
 pub mod lora;
 pub mod matrix;

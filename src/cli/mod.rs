@@ -3,9 +3,14 @@
 //!
 //! A new verb takes two lines: its `pub mod`, and its entry in `verbs!`.
 
+mod adapters;
 pub mod bench;
 pub mod config;
+pub mod convert;
+pub mod extract;
 pub mod generate;
+pub mod inspect;
+pub mod merge;
 pub mod synth;
 pub mod train;
 pub mod verify;
@@ -44,6 +49,10 @@ verbs! {
     generate: Generate(GenerateArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
+    merge: Merge(MergeArgs);
+    convert: Convert(ConvertArgs);
+    inspect: Inspect(InspectArgs);
+    extract: Extract(ExtractArgs);
     synth: Synth(SynthArgs);
     config: Config(ConfigArgs);
 }

@@ -43,3 +43,33 @@ pub fn worst(got: &BTreeMap<String, Matrix>, want: &BTreeMap<String, Matrix>) ->
     }
     worst / largest
 }
+
+/// Runs the program: exit code, standard output, standard error.
+pub fn run<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> (i32, String, String) {
+    let out = std::process::Command::new(env!("CARGO_BIN_EXE_qwen-lora")).args(args).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (out.status.code().unwrap_or(-1), text(out.stdout), text(out.stderr))
+}
+
+/// Runs the program, which must succeed, and gives its standard output.
+pub fn run_ok<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
+    let (code, out, err) = run(args);
+    assert_eq!(code, 0, "{out}{err}");
+    out
+}
+
+/// A float tensor for a file.
+pub fn floats(name: &str, shape: &[usize], values: &[f32]) -> qwen_lora::io::safetensors::RawTensor {
+    let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    qwen_lora::io::safetensors::RawTensor {
+        name: name.into(),
+        dtype: safetensors::Dtype::F32,
+        shape: shape.into(),
+        bytes,
+    }
+}
+
+/// Reproducible normals.
+pub fn normals(item: u64, n: usize) -> Vec<f32> {
+    qwen_lora::rng::Stream::new(11, 0, item, qwen_lora::rng::Purpose::Bench).normals(n, 0.2)
+}

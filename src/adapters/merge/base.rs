@@ -106,6 +106,29 @@ impl Base {
         Ok(None)
     }
 
+    /// Whether it is a single file.
+    pub fn is_file(&self) -> bool {
+        self.form == Form::File
+    }
+
+    /// Names of tensors of the transformer that are no weights of linear layers and differ from those of `other`, or
+    /// are missing there.
+    pub fn other_differences(&self, other: &Base) -> Result<Vec<String>> {
+        let values = |base: &Base| -> Result<BTreeMap<String, Vec<f32>>> {
+            let mut out = BTreeMap::new();
+            for file in base.networks[&Component::Transformer].checkpoint.files() {
+                for tensor in file.tensors().iter().filter(|t| t.shape.len() != 2 && t.is_float()) {
+                    let mut values = vec![0.0; tensor.len()];
+                    file.widen(tensor, 0, &mut values)?;
+                    out.insert(bare(&tensor.name).to_string(), values);
+                }
+            }
+            Ok(out)
+        };
+        let (ours, theirs) = (values(self)?, values(other)?);
+        Ok(ours.into_iter().filter(|(name, v)| theirs.get(name) != Some(v)).map(|(name, _)| name).collect())
+    }
+
     /// Whether a tensor is stored in fp8 without scales, which has lost more than fp8 need lose.
     pub fn has_unscaled_fp8(&self) -> bool {
         let plain_fp8 =
@@ -342,11 +365,14 @@ fn module_of(component: Component, tensor: &Stored) -> Option<String> {
     let name = tensor.name.strip_suffix(".weight").filter(|_| tensor.shape.len() == 2 && tensor.is_float())?;
     Some(match component {
         Component::TextEncoder => text_name(name),
-        Component::Transformer => {
-            let bare = name.strip_prefix("model.diffusion_model.").or_else(|| name.strip_prefix("diffusion_model."));
-            bare.unwrap_or(name).to_string()
-        }
+        Component::Transformer => bare(name).to_string(),
     })
+}
+
+/// A name of the transformer without the prefix of all-in-one files.
+fn bare(name: &str) -> &str {
+    let bare = name.strip_prefix("model.diffusion_model.").or_else(|| name.strip_prefix("diffusion_model."));
+    bare.unwrap_or(name)
 }
 
 /// transformers and diffusers refuse files without this entry.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 /// Where the scale of a module was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum AlphaSource {
-    /// Given by the user.
+    /// Given by the user for a file that states none.
     Given,
     /// An `.alpha` key.
     Key,

@@ -234,10 +234,13 @@ impl Scales<'_> {
             });
         };
         let divisor = if self.rslora { (rank as f64).sqrt() } else { rank as f64 };
-        Ok(match (self.given, stored) {
-            (Some(alpha), _) => (Some(alpha), alpha / rank as f64, AlphaSource::Given),
-            (None, Some(alpha)) => (Some(alpha), alpha / divisor, AlphaSource::Key),
-            (None, None) => self.stated.of(component == Component::TextEncoder, name, rank),
+        if let Some(alpha) = stored {
+            return Ok((Some(alpha), alpha / divisor, AlphaSource::Key));
+        }
+        let stated = self.stated.of(component == Component::TextEncoder, name, rank);
+        Ok(match self.given {
+            Some(alpha) if stated.2 == AlphaSource::Assumed => (Some(alpha), alpha / rank as f64, AlphaSource::Given),
+            _ => stated,
         })
     }
 }

@@ -29,7 +29,7 @@ pub struct ReadOptions<'a> {
     pub table: &'a ModuleTable,
     /// The modules of the text encoder, if they are known.
     pub text_encoder: Option<&'a ModuleTable>,
-    /// Alpha of every module, whatever the file says.
+    /// Alpha of modules for which the file states none.
     pub alpha: Option<f64>,
     /// Leave out what cannot be used instead of failing.
     pub allow_unmatched: bool,

@@ -1,0 +1,400 @@
+//! Writing and reading back, in every spelling; conversion between them.
+
+mod adapters_common;
+
+use adapters_common::{deltas, fixture, floats, normals, options, run, run_ok, table, worst};
+use proptest::prelude::*;
+use qwen_lora::adapters::delta::{Delta, Factors, Magnitude};
+use qwen_lora::adapters::matrix::Matrix;
+use qwen_lora::adapters::read::{AdapterFile, Component, ModuleTable, ReadOptions};
+use qwen_lora::io::safetensors::{MappedFile, write};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+#[test]
+fn conversions_keep_the_change_and_round_trips_keep_the_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for case in ["case_a", "case_b"] {
+        let table = table(case);
+        let strict = options(&table);
+        let source = fixture(case).join("lora/kohya_lora_unet.safetensors");
+        let want = deltas(&source, &strict);
+        let convert = |from: &Path, to: &str| -> PathBuf {
+            let name = format!("{case}-{}-{to}", from.file_stem().unwrap().to_str().unwrap());
+            let out = at(&if to == "peft" { name } else { format!("{name}.safetensors") });
+            run_ok(["convert", from.to_str().unwrap(), out.to_str().unwrap(), "--to", to]);
+            out
+        };
+        for to in ["diffusers", "comfyui", "kohya", "peft", "diffsynth"] {
+            let out = convert(&source, to);
+            // case_a's scale is 2, which folds without rounding; case_b's is 1.5.
+            let limit = if case == "case_a" { 0.0 } else { 3e-7 };
+            assert!(worst(&deltas(&out, &strict), &want) <= limit, "{case} {to}");
+            let back = convert(&out, "kohya");
+            assert!(worst(&deltas(&back, &strict), &want) <= limit, "{case} {to} and back");
+            if matches!(to, "comfyui" | "kohya" | "peft") {
+                // Alpha stays apart from the matrices there: every bit comes back.
+                let (first, last) = (MappedFile::open(&source).unwrap(), MappedFile::open(&back).unwrap());
+                assert_eq!(first.names(), last.names());
+                for name in first.names() {
+                    assert_eq!(first.bytes(&name).unwrap(), last.bytes(&name).unwrap(), "{case} {to} {name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn metadata_that_would_be_taken_for_the_scale_stays_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let table = table("case_a");
+    let path = dir.path().join("in.safetensors");
+    let name = "lora_unet_transformer_blocks_0_attn_to_q";
+    let tensors = vec![
+        floats(&format!("{name}.lora_down.weight"), &[4, 48], &normals(1, 4 * 48)),
+        floats(&format!("{name}.lora_up.weight"), &[48, 4], &normals(2, 48 * 4)),
+        floats(&format!("{name}.alpha"), &[], &[8.0]),
+    ];
+    let metadata = [("ss_network_alpha", "8"), ("ss_network_dim", "4"), ("ss_steps", "100"), ("modelspec.title", "x")];
+    write(&path, tensors, &metadata.map(|(k, v)| (k.to_string(), v.to_string())).into()).unwrap();
+    let want = deltas(&path, &options(&table));
+    for to in ["diffsynth", "diffusers", "comfyui"] {
+        let out = dir.path().join(format!("{to}.safetensors"));
+        run_ok(["convert", path.to_str().unwrap(), out.to_str().unwrap(), "--to", to]);
+        assert_eq!(worst(&deltas(&out, &options(&table)), &want), 0.0, "{to}");
+        let kept = MappedFile::open(&out).unwrap().metadata();
+        assert!(!kept.contains_key("ss_network_alpha") && kept["ss_steps"] == "100" && kept["modelspec.title"] == "x");
+        assert_eq!(kept.contains_key("lora_adapter_metadata"), to == "diffusers");
+    }
+}
+
+#[test]
+fn other_kinds_stay_where_they_are_read_and_become_loras_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let table = table("case_a");
+    let pipe = fixture("case_a/pipe");
+    let path = |name: &str| dir.path().join(name);
+    let name = "transformer_blocks.0.attn.to_q";
+    let flat = format!("lycoris_{}", name.replace('.', "_"));
+    let lokr = vec![
+        floats(&format!("{flat}.lokr_w1"), &[4, 4], &normals(1, 16)),
+        floats(&format!("{flat}.lokr_w2_a"), &[12, 2], &normals(2, 24)),
+        floats(&format!("{flat}.lokr_w2_b"), &[2, 12], &normals(3, 24)),
+        floats(&format!("{flat}.alpha"), &[], &[1.0]),
+    ];
+    write(&path("lokr.safetensors"), lokr, &BTreeMap::new()).unwrap();
+    let want = deltas(&path("lokr.safetensors"), &options(&table));
+    let run_convert = |from: &str, out: &str, more: &[&str]| {
+        let (from, out) = (path(from), path(out));
+        let mut args = vec!["convert", from.to_str().unwrap(), out.to_str().unwrap()];
+        args.extend(more);
+        run(args)
+    };
+    let keys = |file: &str| MappedFile::open(&path(file)).unwrap().names();
+    assert_eq!(run_convert("lokr.safetensors", "c.safetensors", &["--to", "comfyui"]).0, 0);
+    assert!(keys("c.safetensors").contains(&format!("diffusion_model.{name}.lokr_w1")));
+    assert_eq!(worst(&deltas(&path("c.safetensors"), &options(&table)), &want), 0.0);
+    // 4 x 4 and rank 2: rank 8 holds it all, rank 3 tells what it loses.
+    let (code, out, _) = run_convert("lokr.safetensors", "d.safetensors", &["--to", "diffusers", "--rank", "8"]);
+    assert!(code == 0 && out.contains("no energy lost"), "{out}");
+    assert!(worst(&deltas(&path("d.safetensors"), &options(&table)), &want) < 1e-5);
+    let (_, out, _) = run_convert("lokr.safetensors", "e.safetensors", &["--to", "diffsynth", "--rank", "3", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let lost = report["made_into_lora"][0]["energy_lost"].as_f64().unwrap();
+    let got = &deltas(&path("e.safetensors"), &options(&table))[name];
+    let mut rest = want[name].clone();
+    rest.add_scaled(got, -1.0);
+    assert!((rest.energy() / want[name].energy() - lost).abs() < 1e-5 && lost > 0.001, "{lost}");
+
+    // DoRA: as it is for ComfyUI and PEFT, as LoRA only with its base.
+    let dora = vec![
+        floats(&format!("diffusion_model.{name}.lora_A.weight"), &[2, 48], &normals(4, 96)),
+        floats(&format!("diffusion_model.{name}.lora_B.weight"), &[48, 2], &normals(5, 96)),
+        floats(&format!("diffusion_model.{name}.dora_scale"), &[48, 1], &normals(6, 48)),
+        floats(&format!("diffusion_model.{name}.alpha"), &[], &[3.0]),
+    ];
+    write(&path("dora.safetensors"), dora, &BTreeMap::new()).unwrap();
+    let magnitude = |file: &Path| {
+        let adapter = AdapterFile::open(file, &options(&table)).unwrap();
+        match adapter.delta(name, &adapter.transformer[name]).unwrap().magnitude {
+            Some(Magnitude::Rows(values)) => values,
+            other => panic!("norms of rows, not {other:?}"),
+        }
+    };
+    assert_eq!(run_convert("dora.safetensors", "p", &["--to", "peft"]).0, 0);
+    let config = std::fs::read_to_string(path("p").join("adapter_config.json")).unwrap();
+    assert!(config.contains("\"use_dora\": true"));
+    assert_eq!(magnitude(&path("p")), magnitude(&path("dora.safetensors")));
+    let (code, _, err) = run_convert("dora.safetensors", "f.safetensors", &["--to", "diffusers"]);
+    assert!(code == 2 && err.contains("DoRA") && err.contains("--base"), "{err}");
+    let base = ["--to", "diffusers", "--rank", "48", "--base", pipe.to_str().unwrap()];
+    assert_eq!(run_convert("dora.safetensors", "f.safetensors", &base).0, 0);
+    let adapter = AdapterFile::open(&path("dora.safetensors"), &options(&table)).unwrap();
+    let weight = MappedFile::open(&pipe.join("transformer/diffusion_pytorch_model.safetensors")).unwrap();
+    let weight = Matrix::new(48, 48, weight.floats(&format!("{name}.weight")).unwrap());
+    let change = adapter.delta(name, &adapter.transformer[name]).unwrap().change_of(&weight);
+    let got = deltas(&path("f.safetensors"), &options(&table));
+    assert!(worst(&got, &[(name.to_string(), change)].into()) < 1e-5);
+}
+
+#[test]
+fn outputs_are_never_overwritten_and_bad_input_is_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("in.safetensors");
+    std::fs::copy(fixture("case_a/lora/kohya_lora_unet.safetensors"), &source).unwrap();
+    let whole = std::fs::read(&source).unwrap();
+    let path = source.to_str().unwrap();
+    let fail = |args: &[&str], why: &str| {
+        let (code, _, err) = run(args);
+        assert!(code == 2 && err.contains(why), "{args:?}: {code} {err}");
+    };
+    fail(&["convert", path, path, "--to", "diffusers"], "is the input");
+    let taken = dir.path().join("taken.safetensors");
+    std::fs::write(&taken, "precious").unwrap();
+    fail(&["convert", path, taken.to_str().unwrap(), "--to", "kohya"], "exists");
+    let out = dir.path().join("out.safetensors");
+    let out = out.to_str().unwrap();
+    fail(&["convert", path, &out.replace(".safetensors", ".bin"), "--to", "kohya"], "ends with .safetensors");
+    fail(&["convert", path, out, "--to", "peft"], "a folder's name");
+    fail(&["convert", path, out, "--to", "kohya", "--alpha=-1"], "a positive number");
+    let pipe = fixture("case_b/pipe");
+    fail(&["convert", path, out, "--to", "kohya", "--base", pipe.to_str().unwrap()], "the model has (40, 40)");
+    let pipe = fixture("case_a/pipe");
+    let pipe = pipe.to_str().unwrap();
+    fail(&["merge", pipe, path, path, "--weights", "0.5", "--out", out], "2 weights, one for each adapter, found 1");
+    fail(&["merge", pipe, path, "--single-file", "--out", path], "is the input");
+    fail(&["merge", "--into-adapter", path, path, "--method", "svd", "--out", out], "wants a rank");
+    fail(&["merge", "--into-adapter", path, path, "--method", "linear", "--weights=1,-1", "--out", out], "add up to 0");
+    fail(
+        &["merge", "--into-adapter", path, path, "--method", "dare", "--density", "0", "--out", out],
+        "a share above 0",
+    );
+    fail(&["extract", pipe, pipe, "--rank", "4", "--out", out], "do not differ");
+    let edit = |name: &str, bytes: Vec<u8>| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    for (bytes, why) in [
+        (whole[..whole.len() - 1].to_vec(), "as its header says"),
+        (whole[..100].to_vec(), "a file of 100 bytes"),
+        (vec![], "the file is empty"),
+        ([&(10u64 << 30).to_le_bytes()[..], &[b' '; 1016][..]].concat(), "a header of 10737418240 bytes"),
+        ([&(u64::MAX).to_le_bytes()[..], &[b' '; 16][..]].concat(), "a header of 18446744073709551615 bytes"),
+    ] {
+        let bad = edit("bad.safetensors", bytes);
+        fail(&["convert", &bad, out, "--to", "kohya"], why);
+        fail(&["merge", pipe, &bad, "--out", out], why);
+        fail(&["inspect", &bad], why);
+    }
+    assert!(!Path::new(out).exists());
+    assert_eq!((std::fs::read(&source).unwrap(), std::fs::read(&taken).unwrap()), (whole, b"precious".to_vec()));
+}
+
+/// How a test spells an adapter.
+#[derive(Clone, Copy, Debug)]
+struct Spelling {
+    prefix: &'static str,
+    flat: bool,
+    a: &'static str,
+    b: &'static str,
+    alpha: Where,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Where {
+    Keys,
+    Metadata,
+    Folded,
+}
+
+const fn spelling(prefix: &'static str, flat: bool, a: &'static str, b: &'static str, alpha: Where) -> Spelling {
+    Spelling { prefix, flat, a, b, alpha }
+}
+
+/// diffusers with and without metadata, PEFT, kohya, ai-toolkit, DiffSynth (two forms), SimpleTuner, OneTrainer (two
+/// forms), Lightning.
+const SPELLINGS: [Spelling; 12] = [
+    spelling("transformer.", false, "lora_A.weight", "lora_B.weight", Where::Metadata),
+    spelling("transformer.", false, "lora_A.weight", "lora_B.weight", Where::Folded),
+    spelling("base_model.model.", false, "lora_A.weight", "lora_B.weight", Where::Keys),
+    spelling("base_model.model.", false, "lora_A.default.weight", "lora_B.default.weight", Where::Folded),
+    spelling("lora_unet_", true, "lora_down.weight", "lora_up.weight", Where::Keys),
+    spelling("diffusion_model.", false, "lora_A.weight", "lora_B.weight", Where::Keys),
+    spelling("", false, "lora_A.default.weight", "lora_B.default.weight", Where::Folded),
+    spelling("", false, "lora_A.default_0.default.weight", "lora_B.default_0.default.weight", Where::Folded),
+    spelling("lycoris_", true, "lora_down.weight", "lora_up.weight", Where::Keys),
+    spelling("lora_transformer_", true, "lora_down.weight", "lora_up.weight", Where::Keys),
+    spelling("transformer.", false, "lora_down.weight", "lora_up.weight", Where::Keys),
+    spelling("", false, "lora_down.weight", "lora_up.weight", Where::Keys),
+];
+
+/// Kinds of adapter of one module.
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    Lora { rank: usize },
+    Loha { rank: usize },
+    Lokr { rank: usize, split: usize, full_w1: bool, full_w2: bool },
+}
+
+fn forms() -> impl Strategy<Value = Form> {
+    prop_oneof![
+        (1usize..6).prop_map(|rank| Form::Lora { rank }),
+        (1usize..4).prop_map(|rank| Form::Loha { rank }),
+        (1usize..3, prop_oneof![Just(2usize), Just(4)], any::<bool>(), any::<bool>())
+            .prop_map(|(rank, split, full_w1, full_w2)| Form::Lokr { rank, split, full_w1, full_w2 }),
+    ]
+}
+
+fn modules(table: &ModuleTable) -> Vec<(String, (usize, usize))> {
+    table.names().filter_map(|n| Some((n.to_string(), table.shape(n)?))).collect()
+}
+
+/// Factors of a form with random values, as named parts, and the delta that they mean at `alpha`.
+fn make(form: Form, (out, width): (usize, usize), alpha: f64, item: u64) -> (Vec<(&'static str, Matrix)>, Delta) {
+    let random = |k: u64, rows: usize, cols: usize| Matrix::new(rows, cols, normals(item * 8 + k, rows * cols));
+    match form {
+        Form::Lora { rank } => {
+            let (a, b) = (random(0, rank, width), random(1, out, rank));
+            let parts = vec![("A", a.clone()), ("B", b.clone())];
+            (parts, Delta { factors: Factors::Lora { a, b }, scale: alpha / rank as f64, magnitude: None })
+        }
+        Form::Loha { rank } => {
+            let w1 = (random(0, out, rank), random(1, rank, width));
+            let w2 = (random(2, out, rank), random(3, rank, width));
+            let parts = [("hada_w1_a", &w1.0), ("hada_w1_b", &w1.1), ("hada_w2_a", &w2.0), ("hada_w2_b", &w2.1)];
+            let parts = parts.map(|(n, m)| (n, m.clone())).to_vec();
+            (parts, Delta { factors: Factors::Loha { w1, w2 }, scale: alpha / rank as f64, magnitude: None })
+        }
+        Form::Lokr { rank, split, full_w1, full_w2 } => {
+            let mut parts = Vec::new();
+            let mut side = |names: [&'static str; 3], full: bool, rows: usize, cols: usize, k: u64| {
+                if full {
+                    let m = random(k, rows, cols);
+                    parts.push((names[0], m.clone()));
+                    return m;
+                }
+                let (a, b) = (random(k, rows, rank), random(k + 1, rank, cols));
+                let product = a.product(&b);
+                parts.extend([(names[1], a), (names[2], b)]);
+                product
+            };
+            let w1 = side(["lokr_w1", "lokr_w1_a", "lokr_w1_b"], full_w1, split, split, 0);
+            let w2 = side(["lokr_w2", "lokr_w2_a", "lokr_w2_b"], full_w2, out / split, width / split, 2);
+            // With two full factors there is no rank, and nobody applies alpha.
+            let scale = if full_w1 && full_w2 { 1.0 } else { alpha / rank as f64 };
+            (parts, Delta { factors: Factors::Lokr { w1, w2 }, scale, magnitude: None })
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    /// Any adapter in any spelling is read as the change it means; written by `convert` for a tool that holds it and
+    /// read again, it is the same change.
+    #[test]
+    fn read_write_read_in_every_spelling(
+        which in 0..SPELLINGS.len(),
+        picks in proptest::collection::btree_map(0usize..33, (forms(), 1u32..64), 1..5),
+        to in prop_oneof![Just("comfyui"), Just("kohya")],
+    ) {
+        let spelling = SPELLINGS[which];
+        let table = table("case_a");
+        let all = modules(&table);
+        let (mut tensors, mut want, mut alphas) = (Vec::new(), BTreeMap::new(), serde_json::Map::new());
+        let mut ranks = serde_json::Map::new();
+        for (&pick, &(form, alpha)) in &picks {
+            let (name, shape) = &all[pick];
+            let alpha = f64::from(alpha) / 4.0;
+            // Alpha in the metadata or nowhere is a thing of LoRA files.
+            let form = match (spelling.alpha, form) {
+                (Where::Keys, form) => form,
+                (_, Form::Loha { rank } | Form::Lokr { rank, .. } | Form::Lora { rank }) => Form::Lora { rank },
+            };
+            let (parts, delta) = make(form, *shape, alpha, pick as u64);
+            let stem = format!("{}{}", spelling.prefix, if spelling.flat { name.replace('.', "_") } else { name.clone() });
+            for (part, mut matrix) in parts {
+                let end = match part { "A" => spelling.a, "B" => spelling.b, other => other };
+                if part == "B" && spelling.alpha == Where::Folded {
+                    matrix = matrix.scaled(delta.scale);
+                }
+                tensors.push(floats(&format!("{stem}.{end}"), &[matrix.rows, matrix.cols], &matrix.data));
+            }
+            if spelling.alpha == Where::Keys {
+                tensors.push(floats(&format!("{stem}.alpha"), &[], &[alpha as f32]));
+            }
+            if let Form::Lora { rank } = form {
+                ranks.insert(name.clone(), rank.into());
+                alphas.insert(name.clone(), alpha.into());
+            }
+            want.insert(name.clone(), delta.dense());
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let config = serde_json::json!({"transformer.r": 999, "transformer.lora_alpha": 999, "transformer.rank_pattern": ranks, "transformer.alpha_pattern": alphas});
+        let metadata = match spelling.alpha {
+            Where::Metadata => [("lora_adapter_metadata".to_string(), config.to_string())].into(),
+            _ => BTreeMap::new(),
+        };
+        write(&path, tensors, &metadata).unwrap();
+        prop_assert!(worst(&deltas(&path, &options(&table)), &want) < 1e-6);
+        let out = dir.path().join("y.safetensors");
+        run_ok(["convert", path.to_str().unwrap(), out.to_str().unwrap(), "--to", to, "--quiet"]);
+        prop_assert!(worst(&deltas(&out, &options(&table)), &want) < 1e-6);
+    }
+
+    /// Whatever bytes replace a part of a real file, reading ends with an adapter or an error, never otherwise.
+    #[test]
+    fn corrupt_files_are_errors_or_adapters(
+        name in prop_oneof![Just("kohya_lora_unet"), Just("diffusers_with_metadata")],
+        at in 0usize..3000,
+        bytes in proptest::collection::vec(any::<u8>(), 1..12),
+        cut in proptest::option::of(0usize..60000),
+    ) {
+        let table = table("case_a");
+        let mut file = std::fs::read(fixture(&format!("case_a/lora/{name}.safetensors"))).unwrap();
+        file[at..at + bytes.len()].copy_from_slice(&bytes);
+        file.truncate(cut.unwrap_or(usize::MAX));
+        let options = ReadOptions { allow_unmatched: true, ..options(&table) };
+        if let Ok(adapter) = AdapterFile::from_bytes(Path::new("x"), file, None, &options) {
+            for (name, entry) in adapter.modules(Component::Transformer) {
+                if let Ok(delta) = adapter.delta(name, entry) {
+                    prop_assert_eq!(delta.shape(), entry.shape);
+                }
+            }
+        }
+    }
+}
+
+/// Kept so that the raw form of checkpoints stays readable by the general reader too.
+#[test]
+fn raw_checkpoints_and_exports_of_ours_mean_the_same() {
+    use qwen_lora::adapters::file::{Provenance, write_exported, write_raw};
+    use qwen_lora::adapters::{Init, LoraAdapter, LoraScaling, resolve_targets};
+    use qwen_lora::model::transformer::TransformerConfig;
+    let dir = tempfile::tempdir().unwrap();
+    let config = TransformerConfig::from_file(&fixture("case_a/pipe/transformer/config.json")).unwrap();
+    let entries =
+        ["qkv".into(), qwen_lora::adapters::TargetEntry { pattern: "img_in".into(), rank: Some(3), alpha: Some(5.0) }];
+    for rslora in [false, true] {
+        let targets =
+            resolve_targets(&config.modules(), &entries, LoraScaling { rank: 4, alpha: 6.0, rslora }).unwrap();
+        let mut adapter = LoraAdapter::init(&targets, Init::Gaussian, 1, &candle_core::Device::Cpu).unwrap();
+        for (i, module) in adapter.modules.values_mut().enumerate() {
+            let (rows, rank) = module.b.dims2().unwrap();
+            module.b =
+                candle_core::Tensor::from_vec(normals(i as u64, rows * rank), (rows, rank), &candle_core::Device::Cpu)
+                    .unwrap();
+        }
+        let (raw, exported) = (dir.path().join("raw.safetensors"), dir.path().join("exported.safetensors"));
+        write_raw(&raw, &adapter).unwrap();
+        write_exported(&exported, &adapter, candle_core::DType::F32, &Provenance::default()).unwrap();
+        let table = table("case_a");
+        let strict = options(&table);
+        let warnings = AdapterFile::open(&exported, &strict).unwrap().warnings;
+        assert_eq!(warnings, Vec::<String>::new());
+        assert!(worst(&deltas(&exported, &strict), &deltas(&raw, &strict)) < 3e-7, "rslora {rslora}");
+    }
+}
