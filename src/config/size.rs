@@ -138,7 +138,7 @@ mod tests {
         let error = parse("100x64").unwrap_err();
         assert!(error.contains("multiples of 16") && error.contains("nearest size is 96x64"), "{error}");
         assert!(parse("0x64").is_err() && parse("64x16384").is_err());
-        assert!(parse("16:10").unwrap_err().contains("`16:9`"));
+        assert!(parse("16:10").unwrap_err().contains("the nearest aspect ratio is `3:2`"));
         assert!(parse("large").unwrap_err().contains("WIDTHxHEIGHT"));
         assert_eq!(ImageSize::square(500).to_string(), "496x496");
     }

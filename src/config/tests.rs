@@ -209,6 +209,7 @@ fn unusual() -> Config {
          weighting: bell}",
         "save={every: 1, keep: 0, dtype: f16}",
         "evaluation={every: 0, num_sigmas: 9}",
+        "preview={every: 7, prompts: [一只猫, 'yes'], negative_prompt: '', seeds: [3, 4], steps: 5, size: 16:9, guidance: 1.5}",
     ])
     .unwrap()
 }
