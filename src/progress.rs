@@ -1,7 +1,7 @@
 //! What a user sees of a run while it goes on: lines and progress bars on standard error, bars only where that is a
 //! terminal.
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use std::fmt::Display;
 use std::io::Write;
 
@@ -13,8 +13,12 @@ pub fn tell(line: impl Display) {
 
 /// A bar over `total` things: label, bar, count, rate, time left. Hidden when `quiet`.
 pub fn bar(total: usize, label: &str, quiet: bool) -> ProgressBar {
-    let style = ProgressStyle::with_template("{prefix} [{wide_bar}] {human_pos}/{human_len}  {per_sec}  ETA {eta}")
+    let style = ProgressStyle::with_template("{prefix} [{wide_bar}] {human_pos}/{human_len}  {rate}  ETA {eta}")
         .expect("the template is well-formed")
+        .with_key("rate", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            // Writing into a string does not fail.
+            let _ = write!(out, "{:.1}/s", state.per_sec());
+        })
         .progress_chars("=> ");
     let bar = ProgressBar::new(total as u64).with_prefix(label.to_string()).with_style(style);
     if quiet {

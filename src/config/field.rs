@@ -1,6 +1,6 @@
 //! What a config value can be: reading with one clear error, writing, and describing itself for the reference page.
 //!
-//! [`section!`] declares a section of the file once: struct, documentation, defaults and ranges together. The
+//! `section!` declares a section of the file once: struct, documentation, defaults and ranges together. The
 //! documentation of a field is its doc comment; `docs/config.md` and the JSON schema are made from it.
 
 use crate::config::tree::{Content, Node, Place};

@@ -1,6 +1,6 @@
 //! Elementwise functions written so that the compiler vectorises them, and row reductions with a fixed order.
 //!
-//! Use them inside [`vectorized`], which compiles an expression for the widest vector unit of the machine.
+//! Use them inside `vectorized!`, which compiles an expression for the widest vector unit of the machine.
 
 /// Runs an expression compiled for AVX-512, AVX2 or the baseline, whichever the machine has.
 ///

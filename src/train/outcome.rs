@@ -208,7 +208,7 @@ impl fmt::Display for Report {
         }
         write!(
             f,
-            "\nnext: pipe.load_lora_weights(\"{}\") in diffusers, or copy it to ComfyUI/models/loras",
+            "\nnext: in diffusers  pipe.load_lora_weights(\"{}\")\n      in ComfyUI    copy the file to models/loras",
             product.display()
         )
     }
