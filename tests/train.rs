@@ -37,7 +37,7 @@ fn the_smoke_config_lowers_the_held_out_loss_and_says_what_was_made() {
         &text,
         &["done: 120 steps in ", "held-out loss ", "runs/recipe/adapter.safetensors (24 modules, 0.1 MiB)"],
     );
-    assert_says(&text, &["runs/recipe/metrics.jsonl", "checkpoints/step-000120", "\nnext: pipe.load_lora_weights("]);
+    assert_says(&text, &["runs/recipe/metrics.jsonl", "checkpoints/step-000120", "\nnext: ", "pipe.load_lora_weights("]);
     assert_says(&stderr(&output), &["prompt embeddings: 13 computed, 0 from the cache", "step 120/120  loss "]);
 }
 
