@@ -54,7 +54,7 @@ fn an_absent_or_empty_folder_starts_a_run_with_and_without_resume() {
         assert_says(&stdout(&output), &["done: 8 steps", "runs/recipe/adapter.safetensors (24 modules", "\nnext: "]);
         assert_eq!((place.steps_logged(), place.checkpoints()), (8, vec![4, 8]));
         let names: Vec<_> = place.snapshot().into_keys().filter(|n| !n.starts_with("checkpoints")).collect();
-        assert_eq!(names, ["adapter.safetensors", "config.yaml", "metrics.jsonl"].map(PathBuf::from));
+        assert_eq!(names, ["adapter.safetensors", "config.yaml", "metrics.jsonl", "report.html"].map(PathBuf::from));
     }
 }
 
