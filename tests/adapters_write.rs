@@ -126,6 +126,9 @@ fn other_kinds_stay_where_they_are_read_and_become_loras_elsewhere() {
     let config = std::fs::read_to_string(path("p").join("adapter_config.json")).unwrap();
     assert!(config.contains("\"use_dora\": true"));
     assert_eq!(magnitude(&path("p")), magnitude(&path("dora.safetensors")));
+    // PEFT refuses norms in a column: it wants a vector.
+    let norms = format!("base_model.model.{name}.lora_magnitude_vector");
+    assert_eq!(MappedFile::open(&path("p").join("adapter_model.safetensors")).unwrap().info(&norms).unwrap().1, [48]);
     let (code, _, err) = run_convert("dora.safetensors", "f.safetensors", &["--to", "diffusers"]);
     assert!(code == 2 && err.contains("DoRA") && err.contains("--base"), "{err}");
     let base = ["--to", "diffusers", "--rank", "48", "--base", pipe.to_str().unwrap()];

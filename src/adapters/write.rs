@@ -198,6 +198,9 @@ fn encode(
         }
         let dtype = dtype.unwrap_or(module.dtype);
         for (part, (shape, values)) in &module.parts {
+            // PEFT's norms are a vector, everyone else's a matrix of one column or row.
+            let vector = [values.len()];
+            let shape = if format == Format::Peft && *part == Part::Magnitude { &vector[..] } else { shape };
             tensors.push(tensor(format.key(&module.name, *part), dtype, shape, values)?);
         }
     }

@@ -137,8 +137,9 @@ fn coverage(adapter: &AdapterFile, model: &Model) -> Vec<Lint> {
     let gap = |(blocks, parts): (Vec<usize>, Vec<&str>)| {
         let last = blocks == [num_blocks - 1];
         let code = if last { "last_block_missing" } else { "blocks_missing" };
-        let blocks: Vec<String> = blocks.iter().map(usize::to_string).collect();
-        let text = format!("block {} of {num_blocks} lacks {}", blocks.join(", "), parts.join(", "));
+        let (block, lacks) = if blocks.len() == 1 { ("block", "lacks") } else { ("blocks", "lack") };
+        let numbers: Vec<String> = blocks.iter().map(usize::to_string).collect();
+        let text = format!("{block} {} of {num_blocks} {lacks} {}", numbers.join(", "), parts.join(", "));
         Lint { level: Level::Warning, code, text }
     };
     gaps.into_iter().map(gap).collect()

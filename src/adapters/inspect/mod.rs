@@ -13,7 +13,7 @@ pub use predict::{Prediction, Verdict};
 pub use strength::{Strength, block_of};
 
 use crate::adapters::convert::BaseWeight;
-use crate::adapters::read::{AdapterFile, AlphaSource, ModuleTable, Part, PartStyle, Prefix};
+use crate::adapters::read::{AdapterFile, ModuleTable, Part, PartStyle, Prefix};
 use crate::error::{Error, Result};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};

@@ -101,11 +101,6 @@ fn factors_are(entry: &ModuleEntry, knows: impl Fn(Prefix, PartStyle) -> bool) -
     factors.map(|(_, source)| source).all(|s| knows(s.prefix, s.style))
 }
 
-/// The loss of DoRA's norms, where a tool does not know their spelling.
-fn has_norms_spelled(adapter: &AdapterFile, style: PartStyle) -> bool {
-    adapter.transformer.values().any(|e| e.keys.get(&Part::Magnitude).is_some_and(|s| s.style == style))
-}
-
 fn predict_comfyui(adapter: &AdapterFile) -> Prediction {
     const TOOL: &str = "ComfyUI";
     let knows = |prefix, style| {
@@ -126,26 +121,13 @@ fn predict_comfyui(adapter: &AdapterFile) -> Prediction {
         .filter(|(_, e)| factors_are(e, knows) && known_name(e))
         .map(|(name, e)| (name, key_scale(adapter, e)))
         .collect();
-    let mut note = if loaded.len() < adapter.transformer.len() {
-        "it warns `lora key not loaded` for keys of this spelling".to_string()
-    } else if adapter.transformer.values().any(|e| matches!(e.alpha_source, super::AlphaSource::Metadata)) {
-        "it takes alpha from keys only, not from the metadata".to_string()
-    } else {
-        String::new()
-    };
-    let mut prediction_partly = false;
-    if has_norms_spelled(adapter, PartStyle::MagnitudeVector) {
-        note = "DoRA's norms are lost: it knows them as `dora_scale` only".into();
-        prediction_partly = true;
-    }
-    let mut prediction = Prediction::of(TOOL, adapter, &loaded, note);
-    if prediction_partly && prediction.verdict == Verdict::Loads {
-        prediction.verdict = Verdict::Partly;
-    }
-    if prediction.is_right() && prediction.verdict == Verdict::Loads && !adapter.transformer.values().any(|e| e.dora) {
-        prediction.note.clear();
-    }
-    prediction
+    let lost_norms = adapter
+        .transformer
+        .values()
+        .any(|e| e.keys.get(&Part::Magnitude).is_some_and(|s| s.style == PartStyle::MagnitudeVector));
+    let passed_over = "it warns `lora key not loaded` for keys of this spelling";
+    let note = if lost_norms { "DoRA's norms are lost: it knows them as `dora_scale` only" } else { passed_over };
+    finish(TOOL, adapter, &loaded, lost_norms, note)
 }
 
 fn predict_diffsynth(adapter: &AdapterFile) -> Prediction {
@@ -160,12 +142,8 @@ fn predict_diffsynth(adapter: &AdapterFile) -> Prediction {
         .filter(|(_, e)| e.kind == Kind::Lora && !e.dora && factors_are(e, knows))
         .map(|(name, e)| (name, key_scale(adapter, e)))
         .collect();
-    let note = if loaded.len() < adapter.transformer.len() {
-        "it fuses plain LoRAs under bare or `diffusion_model.` names, and passes over the rest without a word"
-    } else {
-        ""
-    };
-    Prediction::of(TOOL, adapter, &loaded, note.into())
+    let note = "it fuses plain LoRAs under bare or `diffusion_model.` names, and passes over the rest without a word";
+    finish(TOOL, adapter, &loaded, false, note)
 }
 
 fn predict_musubi(adapter: &AdapterFile) -> Prediction {
@@ -177,17 +155,28 @@ fn predict_musubi(adapter: &AdapterFile) -> Prediction {
         .filter(|(_, e)| factors_are(e, knows))
         .map(|(name, e)| (name, key_scale(adapter, e)))
         .collect();
-    let dora = !loaded.is_empty() && adapter.transformer.values().any(|e| e.dora);
-    let note = if loaded.len() < adapter.transformer.len() {
-        "it takes `lora_unet_` names with lora_down/lora_up (its own convert_lora.py makes them)"
-    } else if dora {
-        "DoRA's norms are lost"
-    } else {
-        ""
-    };
-    let mut prediction = Prediction::of(TOOL, adapter, &loaded, note.into());
-    if dora && prediction.verdict == Verdict::Loads {
+    let lost_norms = !loaded.is_empty() && adapter.transformer.values().any(|e| e.dora);
+    let passed_over = "it takes `lora_unet_` names with lora_down/lora_up (its own convert_lora.py makes them)";
+    let note = if lost_norms { "DoRA's norms are lost" } else { passed_over };
+    finish(TOOL, adapter, &loaded, lost_norms, note)
+}
+
+/// A prediction for a tool that takes alpha from keys alone. `note` is why not everything is loaded as it is.
+fn finish(
+    tool: &'static str,
+    adapter: &AdapterFile,
+    loaded: &[(&String, f64)],
+    lost_norms: bool,
+    note: &str,
+) -> Prediction {
+    let mut prediction = Prediction::of(tool, adapter, loaded, String::new());
+    if lost_norms && prediction.verdict == Verdict::Loads {
         prediction.verdict = Verdict::Partly;
+    }
+    if prediction.verdict != Verdict::Loads {
+        prediction.note = note.into();
+    } else if !prediction.is_right() {
+        prediction.note = "it takes alpha from keys only: B A is applied at scale 1".into();
     }
     prediction
 }
