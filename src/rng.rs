@@ -33,6 +33,8 @@ pub enum Purpose {
     Adapters = 11,
     /// Draws of benchmarks and tests.
     Bench = 12,
+    /// Alternatives in prompts.
+    Prompts = 13,
 }
 
 /// A stream of random numbers for one (seed, step, item, purpose).

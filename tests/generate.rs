@@ -162,3 +162,82 @@ fn bad_input_is_one_clear_error_and_writes_nothing() {
     left.sort();
     assert_eq!(left, ["empty.txt", "other.safetensors", "plain.png", "style.safetensors", "there.png"]);
 }
+
+#[test]
+fn each_prompt_of_a_batch_gets_the_adapters_that_its_words_call_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    write_adapter(&dir.join("ink.safetensors"), 1, &MODULES);
+    write_adapter(&dir.join("anime.safetensors"), 2, &MODULES[..1]);
+    let routes = "adapters:\n\
+        - {file: ink.safetensors, triggers: [水墨, ink wash], weight: 0.6}\n\
+        - {file: anime.safetensors, triggers: [动漫, anime]}\n";
+    std::fs::write(dir.join("routes.yaml"), routes).unwrap();
+    let prompts = ["--prompt", "水墨猫", "--prompt", "a cat", "--prompt", "anime cat <lora:ink:-0.3>"];
+    let auto = ["--auto-lora", "routes.yaml", "--seed", "8", "--batch-size", "3", "--output", "all", "--grid"];
+    let json = tiny(dir, &[&prompts[..], &auto].concat());
+    assert_eq!(json["recipe"]["prompts"][2], "anime cat");
+    assert_eq!(json["recipe"]["routed"][1], serde_json::json!([]));
+    let single = |name: &str, args: &[&str]| {
+        tiny(dir, &[args, &["--seed", "8", "--output", name]].concat());
+        bytes(dir, name)
+    };
+    let one = single("1.png", &["--prompt", "水墨猫", "--lora", "./ink.safetensors:0.6"]);
+    let pixels_of = |png: &[u8]| image::load_from_memory(png).unwrap().to_rgb8().into_raw();
+    assert_eq!(pixels_of(&one), pixels(dir, "all/001-8.png"));
+    assert_eq!(single("2.png", &["--prompt", "a cat"]), bytes(dir, "all/002-8.png"));
+    let three = ["--prompt", "anime cat", "--lora", "anime.safetensors:0.8", "--lora", "ink.safetensors:-0.3"];
+    assert_eq!(pixels_of(&single("3.png", &three)), pixels(dir, "all/003-8.png"));
+    assert_ne!(pixels(dir, "all/003-8.png"), pixels(dir, "all/002-8.png"));
+    // Each image and the grid can be made again without the routes file.
+    std::fs::remove_file(dir.join("routes.yaml")).unwrap();
+    for args in [
+        &["--from", "all/003-8.png", "--output", "again.png"][..],
+        &["--from", "all/grid.png", "--output", "again", "--grid"],
+    ] {
+        let made = generate(dir, &[args, &["--quiet"]].concat());
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    assert_eq!(bytes(dir, "again.png"), bytes(dir, "all/003-8.png"));
+    assert_eq!(bytes(dir, "again/grid.png"), bytes(dir, "all/grid.png"));
+}
+
+#[test]
+fn routes_are_explained_and_an_adapter_for_another_base_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    write_adapter(&dir.join("ink.safetensors"), 1, &MODULES);
+    let route = |args: &[&str]| {
+        let command = Command::new(env!("CARGO_BIN_EXE_qwen-lora")).arg("route").args(args).current_dir(dir).output();
+        let output = command.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    std::fs::write(
+        dir.join("routes.yaml"),
+        "adapters: [{file: ink.safetensors, triggers: [水墨], base: '0123456789'}]",
+    )
+    .unwrap();
+    let (code, out, _) = route(&["--auto-lora", "routes.yaml", "--explain", "水墨，一只猫", "--explain", "a cat"]);
+    assert_eq!(code, Some(0));
+    assert!(out.contains("ink  weight 0.8 (score 1; found 水墨)"), "{out}");
+    assert!(out.contains("ink  no: below the threshold (score 0)"), "{out}");
+    let (_, out, _) = route(&["--auto-lora", "routes.yaml", "--explain", "水墨", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        json["decisions"][0]["candidates"][0]["verdict"],
+        serde_json::json!({"is": "taken", "of": {"weight": 0.8}})
+    );
+    let model = ["--auto-lora", "routes.yaml", "--explain", "水墨", "--model", "synthetic:tiny"];
+    let (code, _, err) = route(&model);
+    assert!(code == Some(2) && err.contains("`ink` was made for another base model"), "{err}");
+    let prompt = ["--model", "synthetic:tiny", "--prompt", "水墨", "--auto-lora", "routes.yaml", "--steps", "1"];
+    let output = generate(dir, &prompt);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("`ink` was made for another base model"));
+    // Only adapters that a prompt takes matter.
+    assert_eq!(route(&["--auto-lora", "routes.yaml", "--explain", "a cat", "--model", "synthetic:tiny"]).0, Some(0));
+    std::fs::remove_file(dir.join("ink.safetensors")).unwrap();
+    let (code, _, err) = route(&model);
+    assert!(code == Some(2) && err.contains("no adapter at `ink.safetensors`"), "{err}");
+}

@@ -127,6 +127,17 @@ fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()> {
         .hint("save as f32 or bf16; if it persists the training has diverged: lower the learning rate"))
 }
 
+/// Key of the metadata for the base's fingerprint.
+pub const BASE_FINGERPRINT: &str = "qwen_lora.base_fingerprint";
+
+/// The fingerprint of the base model that an adapter file names in its metadata; other tools' files name none.
+pub fn recorded_base(path: &Path) -> Result<Option<String>> {
+    if path.is_dir() {
+        return Ok(None);
+    }
+    Ok(MappedFile::open(path)?.metadata().remove(BASE_FINGERPRINT))
+}
+
 /// The metadata of an exported file whose modules have these ranks.
 pub fn export_metadata(ranks: &BTreeMap<&str, usize>, provenance: &Provenance) -> BTreeMap<String, String> {
     let mut metadata = BTreeMap::from([
@@ -140,7 +151,7 @@ pub fn export_metadata(ranks: &BTreeMap<&str, usize>, provenance: &Provenance) -
         ("modelspec.architecture", &provenance.architecture),
         ("modelspec.resolution", &provenance.resolution),
         ("qwen_lora.base", &provenance.base),
-        ("qwen_lora.base_fingerprint", &provenance.base_fingerprint),
+        (BASE_FINGERPRINT, &provenance.base_fingerprint),
         ("qwen_lora.dataset_hash", &provenance.dataset_hash),
         ("qwen_lora.config", &provenance.config),
     ] {

@@ -1,10 +1,12 @@
 //! `qwen-lora generate`: text to image.
 
+use crate::cli::route::Routing;
 use crate::cli::{print_line, use_threads};
 use crate::config::ImageSize;
 use crate::error::{Error, Result, nearest};
 use crate::io::png;
 use crate::progress::tell;
+use crate::prompt::structured::expand_all;
 use crate::sample::generate::Job;
 use crate::sample::recipe::{KEYWORD, PROGRAM};
 use crate::sample::{Generator, LoraUse, Recipe, Timing, grid, label};
@@ -25,7 +27,7 @@ pub struct GenerateArgs {
     /// Take a hub model from the local cache only
     #[arg(long)]
     offline: bool,
-    /// What to show (repeatable)
+    /// What to show (repeatable); also in parts, see `qwen-lora prompt --help`
     #[arg(long = "prompt", value_name = "TEXT")]
     prompts: Vec<String>,
     /// A UTF-8 text file with one prompt a line
@@ -37,6 +39,9 @@ pub struct GenerateArgs {
     /// An adapter file of any spelling, with its weight: `style.safetensors:0.8` (repeatable) [default weight: 1]
     #[arg(long = "lora", value_name = "FILE[:WEIGHT]")]
     loras: Vec<String>,
+    /// A routes file: each prompt gets the adapters that its words call for, see `qwen-lora route --help`
+    #[arg(long, value_name = "ROUTES.yaml")]
+    auto_lora: Option<PathBuf>,
     /// One image for each of these factors on all adapter weights, and a grid: `0,0.5,1`
     #[arg(long, value_name = "LIST", value_delimiter = ',', allow_hyphen_values = true)]
     strengths: Vec<f64>,
@@ -95,7 +100,15 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if args.batch_size == 0 {
         return Err(Error::usage("`--batch-size` is 0").expected("1 or more", 0));
     }
-    let generator = Generator::open(recipe(args)?, args.offline)?;
+    let mut recipe = recipe(args)?;
+    let routing = args.auto_lora.as_deref().map(|path| Routing::new(path, &mut recipe)).transpose()?;
+    let generator = Generator::open(recipe, args.offline)?;
+    if let Some(routing) = &routing {
+        routing.check_bases(&generator.recipe().base_fingerprint)?;
+        if !args.quiet {
+            routing.explanation().for_each(|line| tell(format_args!("{line}")));
+        }
+    }
     if !args.quiet {
         generator.notes().iter().for_each(|note| tell(format_args!("warning: {note}")));
     }
@@ -132,6 +145,7 @@ fn recipe(args: &GenerateArgs) -> Result<Recipe> {
             negative_prompt: " ".into(),
             seeds: vec![0],
             loras: Vec::new(),
+            routed: Vec::new(),
             strengths: Vec::new(),
             steps: 50,
             guidance: 4.0,
@@ -157,6 +171,9 @@ fn recipe(args: &GenerateArgs) -> Result<Recipe> {
     if !args.loras.is_empty() {
         recipe.loras = args.loras.iter().map(|text| parse_lora(text)).collect::<Result<_>>()?;
     }
+    if recipe.prompts.len() != recipe.routed.len() {
+        recipe.routed.clear();
+    }
     if !args.strengths.is_empty() {
         recipe.strengths = args.strengths.clone();
     }
@@ -169,7 +186,7 @@ fn recipe(args: &GenerateArgs) -> Result<Recipe> {
     if let Some(dtype) = args.dtype {
         recipe.dtype = if matches!(dtype, WeightType::F32) { "f32" } else { "bf16" }.into();
     }
-    recipe.negative_prompt = args.negative_prompt.clone().unwrap_or(recipe.negative_prompt);
+    expand_all(&mut recipe.prompts, &mut recipe.negative_prompt, args.negative_prompt.as_deref())?;
     recipe.steps = args.steps.unwrap_or(recipe.steps);
     recipe.guidance = args.guidance.unwrap_or(recipe.guidance);
     Ok(recipe)

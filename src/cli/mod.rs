@@ -11,6 +11,8 @@ pub mod extract;
 pub mod generate;
 pub mod inspect;
 pub mod merge;
+pub mod prompt;
+pub mod route;
 pub mod synth;
 pub mod train;
 pub mod verify;
@@ -47,6 +49,8 @@ macro_rules! verbs {
 verbs! {
     train: Train(TrainArgs);
     generate: Generate(GenerateArgs);
+    route: Route(RouteArgs);
+    prompt: Prompt(PromptArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
     merge: Merge(MergeArgs);

@@ -1,8 +1,9 @@
 //! `qwen-lora train`.
 
 use crate::cli::{print_line, use_threads};
-use crate::config::Config;
+use crate::config::{Config, Preview};
 use crate::error::Result;
+use crate::prompt::structured::expand_all;
 use crate::train::interrupt;
 use crate::train::run::{Options, train};
 use clap::{Args, ValueEnum};
@@ -43,7 +44,10 @@ enum Resume {
 /// Runs the verb.
 pub fn run(args: &TrainArgs) -> Result<()> {
     use_threads(args.threads)?;
-    let config = Config::load(&args.config, &args.sets)?;
+    let mut config = Config::load(&args.config, &args.sets)?;
+    let preview = &mut config.preview;
+    let own = Some(preview.negative_prompt.clone()).filter(|own| *own != Preview::default().negative_prompt);
+    expand_all(&mut preview.prompts, &mut preview.negative_prompt, own.as_deref())?;
     interrupt::install()?;
     let options = Options { resume: args.resume.is_some(), dry_run: args.dry_run, quiet: args.quiet };
     let outcome = train(&config, options)?;

@@ -232,7 +232,8 @@ section! {
     pub struct Preview {
         /// Made every so many steps, and at the end; 0 turns previews off.
         every: usize = 0, Range::at_least(0.0);
-        /// What to show: one row of pictures each.
+        /// What to show: one row of pictures each. A text of the form `{subject: 女孩, style: 赛博朋克}` is a prompt in
+        /// parts, see `qwen-lora prompt --help`.
         prompts: Vec<String> = Vec::new();
         /// What not to show.
         negative_prompt: String = " ".into();

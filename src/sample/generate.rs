@@ -14,10 +14,10 @@ use crate::model::source::{ModelSource, ModelSpec, PipelineFolder};
 use crate::model::transformer::{Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::VaeConfig;
 use crate::progress;
-use crate::sample::{Denoiser, Guidance, PromptBatch, Recipe, initial_latents, stages};
+use crate::sample::{Denoiser, Guidance, LoraUse, PromptBatch, Recipe, initial_latents, stages};
 use candle_core::{DType, Tensor};
 use image::RgbImage;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
 
@@ -65,7 +65,8 @@ pub struct Generator {
     latent_channels: usize,
     /// Pixels per side of an image token.
     token_side: usize,
-    adapters: Vec<LoraAdapter>,
+    /// By name of the file.
+    adapters: BTreeMap<String, LoraAdapter>,
     notes: Vec<String>,
 }
 
@@ -83,8 +84,13 @@ impl Generator {
             "bf16" => DType::BF16,
             other => return Err(Error::usage("wrong weight type").expected("f32 or bf16", other)),
         };
-        for lora in &mut recipe.loras {
-            let hash = adapter_hash(Path::new(&lora.file))?;
+        let mut hashes: BTreeMap<String, String> = BTreeMap::new();
+        for lora in recipe.uses_mut() {
+            let hash = match hashes.get(&lora.file) {
+                Some(hash) => hash.clone(),
+                None => adapter_hash(Path::new(&lora.file))?,
+            };
+            hashes.insert(lora.file.clone(), hash.clone());
             if !lora.hash.is_empty() && lora.hash != hash {
                 return Err(Error::usage(format!("`{}` is not the adapter that the image was made with", lora.file))
                     .expected(format!("hash {}", lora.hash), hash)
@@ -103,11 +109,11 @@ impl Generator {
         }
         recipe.base_fingerprint = print;
         let table = ModuleTable::new(&transformer.modules());
-        let mut adapters = Vec::with_capacity(recipe.loras.len());
-        for lora in &recipe.loras {
-            let (adapter, warnings) = read_lora(Path::new(&lora.file), &table)?;
+        let mut adapters = BTreeMap::new();
+        for file in hashes.into_keys() {
+            let (adapter, warnings) = read_lora(Path::new(&file), &table)?;
             notes.extend(warnings);
-            adapters.push(adapter);
+            adapters.insert(file, adapter);
         }
         Ok(Self {
             scheduler: FlowMatchEuler::from_file(&pipeline.scheduler)?,
@@ -141,6 +147,20 @@ impl Generator {
         pairs.flat_map(|(prompt, seed)| strengths.iter().map(move |&strength| Job { prompt, seed, strength })).collect()
     }
 
+    /// The jobs by the adapters that they need: indices of `jobs`. Only these can share a batch, since a network
+    /// carries its adapters for all of a batch.
+    fn by_adapters(&self, jobs: &[Job]) -> Vec<(Vec<LoraUse>, Vec<usize>)> {
+        let mut groups: Vec<(Vec<LoraUse>, Vec<usize>)> = Vec::new();
+        for (i, job) in jobs.iter().enumerate() {
+            let uses = self.recipe.loras_of(job.prompt, job.strength);
+            match groups.iter_mut().find(|(group, _)| *group == uses) {
+                Some((_, own)) => own.push(i),
+                None => groups.push((uses, vec![i])),
+            }
+        }
+        groups
+    }
+
     fn strengths(&self) -> Vec<Option<f64>> {
         match self.recipe.strengths.as_slice() {
             [] => vec![None],
@@ -169,12 +189,10 @@ impl Generator {
         let jobs = self.jobs();
         let bar = progress::bar(jobs.len() * self.recipe.steps, "denoising", quiet);
         let mut latents: Vec<Option<Tensor>> = vec![None; jobs.len()];
-        for strength in self.strengths() {
-            let weights = self.recipe.loras_at(strength);
-            let weighted: Vec<_> = self.adapters.iter().zip(weights.iter().map(|l| l.weight)).collect();
+        for (uses, own) in self.by_adapters(&jobs) {
+            let weighted: Vec<_> = uses.iter().map(|lora| (&self.adapters[&lora.file], lora.weight)).collect();
             let combined = combine(&weighted)?;
             put_on(&mut transformer, &combined)?;
-            let own: Vec<usize> = (0..jobs.len()).filter(|&i| jobs[i].strength == strength).collect();
             for batch in own.chunks(batch_size.max(1)) {
                 let of: Vec<Job> = batch.iter().map(|&i| jobs[i]).collect();
                 let out = self.denoise(&transformer, &of, &positive, negative.as_ref(), || bar.inc(of.len() as u64))?;

@@ -41,6 +41,9 @@ pub struct Recipe {
     pub seeds: Vec<u64>,
     /// The adapters.
     pub loras: Vec<LoraUse>,
+    /// Adapters of single prompts, beside `loras`: a list for each prompt, or no list at all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routed: Vec<Vec<LoraUse>>,
     /// Factors on all adapter weights, one image for each; empty for one image at the weights as they are.
     pub strengths: Vec<f64>,
     /// Denoising steps.
@@ -84,11 +87,17 @@ impl Recipe {
         self.size.parse()
     }
 
-    /// The adapters at `strength`. Weights are rounded to six decimals: short numbers are the same after being written
-    /// and read.
-    pub fn loras_at(&self, strength: Option<f64>) -> Vec<LoraUse> {
+    /// The adapters of a prompt at `strength`. Weights are rounded to six decimals: short numbers are the same after
+    /// being written and read.
+    pub fn loras_of(&self, prompt: usize, strength: Option<f64>) -> Vec<LoraUse> {
         let weight = |lora: &LoraUse| (lora.weight * strength.unwrap_or(1.0) * 1e6).round() / 1e6;
-        self.loras.iter().map(|lora| LoraUse { weight: weight(lora), ..lora.clone() }).collect()
+        let own = self.routed.get(prompt).into_iter().flatten();
+        self.loras.iter().chain(own).map(|lora| LoraUse { weight: weight(lora), ..lora.clone() }).collect()
+    }
+
+    /// Every use of an adapter.
+    pub fn uses_mut(&mut self) -> impl Iterator<Item = &mut LoraUse> {
+        self.loras.iter_mut().chain(self.routed.iter_mut().flatten())
     }
 
     /// The recipe of one image of this one, which makes that image and nothing else.
@@ -96,7 +105,8 @@ impl Recipe {
         Self {
             prompts: vec![self.prompts[prompt].clone()],
             seeds: vec![seed],
-            loras: self.loras_at(strength),
+            loras: self.loras_of(prompt, strength),
+            routed: Vec::new(),
             strengths: Vec::new(),
             ..self.clone()
         }
@@ -117,12 +127,17 @@ impl Recipe {
         if !(1.0..=100.0).contains(&self.guidance) {
             return Err(Error::usage("wrong guidance scale").expected("1 (no guidance) to 100", self.guidance));
         }
-        for value in self.strengths.iter().chain(self.loras.iter().map(|l| &l.weight)) {
+        if !self.routed.is_empty() && self.routed.len() != self.prompts.len() {
+            return Err(Error::usage("wrong number of lists of adapters")
+                .expected(format!("one for each of {} prompts", self.prompts.len()), self.routed.len()));
+        }
+        let uses = self.loras.iter().chain(self.routed.iter().flatten());
+        for value in self.strengths.iter().chain(uses.map(|l| &l.weight)) {
             if !(-100.0..=100.0).contains(value) {
                 return Err(Error::usage("wrong adapter strength").expected("a number from -100 to 100", value));
             }
         }
-        if !self.strengths.is_empty() && self.loras.is_empty() {
+        if !self.strengths.is_empty() && self.loras.is_empty() && self.routed.iter().all(Vec::is_empty) {
             return Err(Error::usage("`--strengths` sweeps over adapters, and there is none")
                 .hint("name one with `--lora FILE`"));
         }

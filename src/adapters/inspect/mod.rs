@@ -13,6 +13,7 @@ pub use predict::{Prediction, Verdict};
 pub use strength::{Strength, block_of};
 
 use crate::adapters::convert::BaseWeight;
+use crate::adapters::file::BASE_FINGERPRINT;
 use crate::adapters::read::{AdapterFile, ModuleTable, Part, PartStyle, Prefix};
 use crate::error::{Error, Result};
 use serde::Serialize;
@@ -166,7 +167,7 @@ fn trained_on(metadata: &BTreeMap<String, String>) -> BTreeMap<String, String> {
         "modelspec.architecture",
         "modelspec.resolution",
         "qwen_lora.base",
-        "qwen_lora.base_fingerprint",
+        BASE_FINGERPRINT,
         "qwen_lora.dataset_hash",
         "ss_sd_model_name",
         "ss_base_model_version",
