@@ -11,7 +11,7 @@ use crate::sample::stages::MAX_SEQUENCE_LENGTH;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Build structured prompts: quality, subject, style, details, anatomy; unwanted things in the negative prompt.
 ///
@@ -135,7 +135,7 @@ fn limit(tokens: usize) -> String {
     }
 }
 
-fn write_lines(path: &PathBuf, prompts: &[Prompt]) -> Result<()> {
+fn write_lines(path: &Path, prompts: &[Prompt]) -> Result<()> {
     if path.exists() {
         return Err(Error::usage(format!("`{}` is there already", path.display())).hint("give another `--output`"));
     }
