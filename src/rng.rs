@@ -35,6 +35,8 @@ pub enum Purpose {
     Bench = 12,
     /// Alternatives in prompts.
     Prompts = 13,
+    /// Order and sides of the pairs on a rating page.
+    Rating = 18,
 }
 
 /// A stream of random numbers for one (seed, step, item, purpose).

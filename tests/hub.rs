@@ -69,7 +69,7 @@ fn wanted() -> Wanted {
     let part = |(folder, weights): (&str, bool)| Part { folder: folder.into(), weights };
     let parts =
         [("transformer", true), ("vae", true), ("text_encoder", true), ("tokenizer", false), ("scheduler", false)];
-    Wanted { files: vec!["model_index.json".into()], parts: parts.map(part).into() }
+    Wanted { files: vec!["model_index.json".into()], parts: parts.map(part).into(), ..Wanted::default() }
 }
 
 struct Setup {

@@ -86,10 +86,21 @@ pub struct GenerateArgs {
     json: bool,
 }
 
+/// Type of the transformer's weights.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum WeightType {
+pub(super) enum WeightType {
     F32,
     Bf16,
+}
+
+impl WeightType {
+    /// As it stands in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
 }
 
 /// Runs the verb.
@@ -184,7 +195,7 @@ fn recipe(args: &GenerateArgs) -> Result<Recipe> {
         recipe.size = size.parse::<ImageSize>()?.to_string();
     }
     if let Some(dtype) = args.dtype {
-        recipe.dtype = if matches!(dtype, WeightType::F32) { "f32" } else { "bf16" }.into();
+        recipe.dtype = dtype.name().into();
     }
     expand_all(&mut recipe.prompts, &mut recipe.negative_prompt, args.negative_prompt.as_deref())?;
     recipe.steps = args.steps.unwrap_or(recipe.steps);
@@ -193,7 +204,7 @@ fn recipe(args: &GenerateArgs) -> Result<Recipe> {
 }
 
 /// One prompt a line; empty lines are skipped. Errors: unreadable, not UTF-8, no prompt.
-fn read_prompts(path: &Path) -> Result<Vec<String>> {
+pub(super) fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read the prompt file", path, e).into_usage())?;
     let text = String::from_utf8(bytes).map_err(|e| {
         Error::usage(format!("the prompt file `{}` is not UTF-8 text", path.display()))
@@ -210,7 +221,7 @@ fn read_prompts(path: &Path) -> Result<Vec<String>> {
 }
 
 /// `FILE` or `FILE:WEIGHT`. Errors: no such file, with the nearest name beside it.
-fn parse_lora(text: &str) -> Result<LoraUse> {
+pub(super) fn parse_lora(text: &str) -> Result<LoraUse> {
     let (file, weight) = match text.rsplit_once(':').map(|(file, weight)| (file, weight.parse::<f64>())) {
         Some((file, Ok(weight))) if !Path::new(text).exists() => (file, weight),
         _ => (text, 1.0),

@@ -7,6 +7,7 @@ mod adapters;
 pub mod bench;
 pub mod config;
 pub mod convert;
+pub mod eval;
 pub mod extract;
 pub mod generate;
 pub mod inspect;
@@ -51,6 +52,7 @@ verbs! {
     generate: Generate(GenerateArgs);
     route: Route(RouteArgs);
     prompt: Prompt(PromptArgs);
+    eval: Eval(EvalArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
     merge: Merge(MergeArgs);

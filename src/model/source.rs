@@ -177,7 +177,8 @@ fn wanted(spec: &ModelSpec) -> Wanted {
         folder: folder.to_string(),
         weights: identify::is_network(folder) && !spec.is_overridden(folder),
     };
-    Wanted { files: vec!["model_index.json".into()], parts: PARTS.iter().map(part).collect() }
+    let parts = PARTS.iter().map(part).collect();
+    Wanted { files: vec!["model_index.json".into()], parts, ..Wanted::default() }
 }
 
 fn locate(folder: &Path, spec: &ModelSpec) -> Result<PipelineFolder> {

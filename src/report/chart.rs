@@ -6,7 +6,7 @@ use std::fmt::Write;
 
 /// How a series is drawn.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Style {
+pub(crate) enum Style {
     /// Thin and pale, behind the others; may leave the chart where it is wild.
     Faint,
     /// A line.
@@ -17,15 +17,15 @@ pub(super) enum Style {
 
 /// Points (step, value) under one name.
 struct Series {
-    name: &'static str,
+    name: String,
     style: Style,
     points: Vec<(f64, f64)>,
 }
 
 /// A chart over the steps of the run.
-pub(super) struct Chart {
-    id: &'static str,
-    title: &'static str,
+pub(crate) struct Chart {
+    id: String,
+    title: String,
     series: Vec<Series>,
 }
 
@@ -41,19 +41,19 @@ const MAX_POINTS: usize = 1000;
 
 impl Chart {
     /// An empty chart; `id` names its element.
-    pub fn new(id: &'static str, title: &'static str) -> Self {
-        Self { id, title, series: Vec::new() }
+    pub fn new(id: &str, title: &str) -> Self {
+        Self { id: id.into(), title: title.into(), series: Vec::new() }
     }
 
     /// Adds a series of (step, value).
-    pub fn with(mut self, name: &'static str, style: Style, points: Vec<(f64, f64)>) -> Self {
-        self.series.push(Series { name, style, points });
+    pub fn with(mut self, name: &str, style: Style, points: Vec<(f64, f64)>) -> Self {
+        self.series.push(Series { name: name.into(), style, points });
         self
     }
 
     /// The chart as a `figure`, its x axis from 0 to `max_step`.
     pub fn svg(&self, max_step: f64) -> String {
-        let mut out = format!("<figure id=\"{}\">\n<figcaption>{}", self.id, escape(self.title));
+        let mut out = format!("<figure id=\"{}\">\n<figcaption>{}", self.id, escape(&self.title));
         if self.series.len() > 1 {
             for Series { name, style, .. } in &self.series {
                 let class = if *style == Style::Faint { "key faint" } else { "key" };
@@ -73,7 +73,7 @@ impl Chart {
             out,
             "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{0}\">\n\
              <clipPath id=\"{1}-clip\"><rect x=\"{LEFT}\" y=\"{2}\" width=\"{3}\" height=\"{4}\"/></clipPath>",
-            escape(self.title),
+            escape(&self.title),
             self.id,
             TOP - 4.0,
             WIDTH - LEFT - RIGHT + 4.0,

@@ -2,9 +2,9 @@
 //!
 //! The page is made anew from the files of the run directory each time, so that it is whole after a resumption too.
 
-mod chart;
+pub(crate) mod chart;
 mod curves;
-mod pictures;
+pub(crate) mod pictures;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -97,11 +97,11 @@ fn summary(curves: &Curves) -> String {
 }
 
 /// Text as it is written in HTML.
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-const STYLE: &str = "
+pub(crate) const STYLE: &str = "
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #667080; --line: #d5dae1; --paper: #ffffff; --panel: #f6f7f9;
   --curve: #1f6feb; --faint: #9ec1f7; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #98a2b0; --line: #39414c; --paper: #14171b;

@@ -57,15 +57,18 @@ fn spread(steps: &[u64], max: usize) -> Vec<u64> {
 
 /// A picture as base64 of a small PNG; none if it is not there.
 fn thumbnail(path: &Path) -> Option<String> {
-    let image = image::open(path).ok()?.to_rgb8();
-    let scale = f64::from(MAX_SIDE) / f64::from(image.width().max(image.height()));
-    let small: RgbImage = if scale < 1.0 {
-        let side = |n: u32| ((f64::from(n) * scale).round() as u32).max(1);
-        resize(&image, side(image.width()), side(image.height()), FilterType::Triangle)
-    } else {
-        image
-    };
+    let small = shrunk(image::open(path).ok()?.to_rgb8(), MAX_SIDE);
     Some(STANDARD.encode(png::encode(&small, &[]).ok()?))
+}
+
+/// A picture whose longer side is at most `max_side`.
+pub(crate) fn shrunk(image: RgbImage, max_side: u32) -> RgbImage {
+    let scale = f64::from(max_side) / f64::from(image.width().max(image.height()));
+    if scale >= 1.0 {
+        return image;
+    }
+    let side = |n: u32| ((f64::from(n) * scale).round() as u32).max(1);
+    resize(&image, side(image.width()), side(image.height()), FilterType::Triangle)
 }
 
 #[cfg(test)]

@@ -220,20 +220,19 @@ impl Generator {
         Ok(timing)
     }
 
-    /// The embeddings of the prompts, and of the negative prompt if there is guidance.
+    /// The embeddings of the prompts, and of the negative prompt if there is guidance. Each text is encoded once.
     fn encode(&self, quiet: bool) -> Result<(Vec<Tensor>, Option<Tensor>)> {
-        let mut prompts: Vec<&str> = self.recipe.prompts.iter().map(String::as_str).collect();
-        if self.recipe.guidance > 1.0 {
-            prompts.push(&self.recipe.negative_prompt);
-        }
+        let negative = (self.recipe.guidance > 1.0).then_some(&self.recipe.negative_prompt);
+        let texts: BTreeSet<&str> = self.recipe.prompts.iter().chain(negative).map(String::as_str).collect();
+        let texts: Vec<&str> = texts.into_iter().collect();
         let bar = progress::bar(0, "encoding prompts", quiet);
-        let mut embeds = stages::encode_prompts(&self.pipeline, &prompts, |layer, layers| {
+        let embeds = stages::encode_prompts(&self.pipeline, &texts, |layer, layers| {
             bar.set_length(layers as u64);
             bar.set_position(layer as u64);
         })?;
         bar.finish_and_clear();
-        let negative = if self.recipe.guidance > 1.0 { embeds.pop() } else { None };
-        Ok((embeds, negative))
+        let of = |text: &String| embeds[texts.binary_search(&text.as_str()).expect("every text is encoded")].clone();
+        Ok((self.recipe.prompts.iter().map(of).collect(), negative.map(of)))
     }
 
     fn denoise(

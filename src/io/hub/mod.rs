@@ -242,6 +242,9 @@ fn check_listed(repo: &RepoId, wanted: &Wanted, listed: &BTreeMap<String, u64>) 
     }
     let shown: Vec<&str> = top.iter().take(12).copied().collect();
     let more = if top.len() > shown.len() { ", ..." } else { "" };
+    if wanted.parts.is_empty() {
+        return Err(error.expected(format!("a file `{missing}`"), format!("{}{more}", shown.join(", "))));
+    }
     Err(error
         .expected("a model in the diffusers layout", format!("{}{more}", shown.join(", ")))
         .hint("`model:` wants a base model such as Qwen/Qwen-Image; a GGUF, ComfyUI or LoRA repository is not one"))

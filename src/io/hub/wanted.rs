@@ -19,6 +19,8 @@ pub struct Part {
 pub struct Wanted {
     /// Files at the top, such as `model_index.json`.
     pub files: Vec<String>,
+    /// Files at the top that are fetched where the repository has them.
+    pub optional: Vec<String>,
     /// Folders.
     pub parts: Vec<Part>,
 }
@@ -27,7 +29,7 @@ impl Wanted {
     /// The small files among `listed`.
     pub(super) fn select_small<'a>(&self, listed: impl Iterator<Item = &'a str>) -> Vec<String> {
         let small = |path: &str| match path.split_once('/') {
-            None => self.files.iter().any(|f| f == path),
+            None => self.files.iter().chain(&self.optional).any(|f| f == path),
             Some((folder, name)) => self.part(folder).is_some() && is_small(name),
         };
         listed.filter(|p| small(p)).map(String::from).collect()
@@ -123,6 +125,7 @@ mod tests {
         let part = |folder: &str, weights| Part { folder: folder.into(), weights };
         let wanted = Wanted {
             files: vec!["model_index.json".into()],
+            optional: vec!["config.json".into(), "tokenizer.json".into()],
             parts: vec![part("vae", true), part("tokenizer", false), part("transformer", false)],
         };
         let listed = [
@@ -142,6 +145,7 @@ mod tests {
         ];
         let small = wanted.select_small(listed.into_iter());
         let expected = [
+            "config.json",
             "model_index.json",
             "tokenizer/merges.txt",
             "tokenizer/vocab.json",
