@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Opens a run's report.html in headless Chromium and asserts that its curves and pictures are there.
+"""Opens a report.html in headless Chromium and asserts that its curves and pictures are there.
 
-    scripts/ci/report.py report.html [--images N] [--screenshot FILE.png] [--dark]
+    scripts/ci/report.py report.html [--images N] [--charts [ID ...]] [--screenshot FILE.png] [--dark]
 
 A copy of the page gets one more script, which measures what was laid out and writes it into the page; Chromium prints
 the page after that. Python's standard library and the command `chromium` are all it needs.
@@ -54,6 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("report", type=pathlib.Path)
     parser.add_argument("--images", type=int, default=0, help="pictures that the page must show")
+    parser.add_argument("--charts", nargs="*", default=CHARTS, help="charts that the page must show; none for a page without")
     parser.add_argument("--screenshot", type=pathlib.Path)
     parser.add_argument("--dark", action="store_true", help="take the screenshot in the dark scheme")
     args = parser.parse_args()
@@ -74,7 +75,7 @@ def main():
     result = json.loads(html.unescape(found.group(1)))
 
     wrong = []
-    for name in CHARTS:
+    for name in args.charts:
         chart = result["charts"].get(name)
         if chart is None:
             wrong.append(f"no chart `{name}`")

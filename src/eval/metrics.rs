@@ -49,5 +49,5 @@ pub const BLEED: Metric = metric("bleed", "bleed: drift over that with the trigg
 pub const ANATOMY: Metric = metric("anatomy_flagged", "detector-flagged anatomy", Better::Lower, 3);
 /// Pictures without a person for the detector.
 pub const NO_DETECTION: Metric = metric("no_person_detected", "no person detected", Better::Neither, 3);
-/// How often people prefer the adapter's picture to the base model's.
-pub const PREFERENCE: Metric = metric("preferred", "preferred over base by people", Better::Higher, 3);
+/// How often people prefer a picture to its partner of the baseline.
+pub const PREFERENCE: Metric = metric("preferred", "preferred by people", Better::Higher, 3);

@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::eval::measure::{Comparison, Evaluation};
 use crate::eval::metrics::*;
 use crate::eval::pictures::{Part, Picture};
-use crate::eval::table::{Better, Cell, Row, cell_text};
+use crate::eval::table::{Better, Cell, Metric, Row, cell_text};
 use crate::io::png;
 use crate::report::chart::{Chart, Style};
 use crate::report::pictures::shrunk;
@@ -21,7 +21,7 @@ const OWN_STYLE: &str = "
 .wide { overflow-x: auto; } .measures th, .measures td { white-space: nowrap; padding-right: 24px; }
 .measures thead th { font-weight: 600; color: var(--ink); }
 .measures td { font-variant-numeric: tabular-nums; } .measures td.best { font-weight: 600; }
-.strip img { max-width: 256px; } .strip td { vertical-align: top; max-width: 264px; }
+.strip img { max-width: 256px; } .strip td { vertical-align: top; min-width: 140px; max-width: 264px; text-align: left; }
 ul { padding-left: 20px; } li { overflow-wrap: anywhere; }
 ";
 
@@ -168,10 +168,10 @@ fn pictures(out: &mut String, comparison: &Comparison, evaluation: &Evaluation) 
                 let _ = writeln!(out, "<td>{}<br>no such picture</td>", escape(&set.name));
                 continue;
             };
-            let shown = [CLIP_SCORE, CHINESE_CLIP_SCORE, SSIM_GAUSSIAN, LPIPS]
-                .into_iter()
-                .filter_map(|m| values[at].get(m.key).map(|v| format!("<br>{} {:.*}", escape(m.title), m.digits, v)));
-            let caption: String = shown.collect();
+            let shown = [(CLIP_SCORE, "CLIP"), (CHINESE_CLIP_SCORE, "CLIP"), (SSIM_GAUSSIAN, "SSIM"), (LPIPS, "LPIPS")];
+            let number =
+                |(m, short): (Metric, &str)| Some(format!("<br>{short} {:.*}", m.digits, values[at].get(m.key)?));
+            let caption: String = shown.into_iter().filter_map(number).collect();
             let name = escape(&set.name);
             let data = STANDARD.encode(png::encode(&shrunk(set.pictures[at].load()?, MAX_SIDE), &[])?);
             let _ = writeln!(out, "<td><img alt=\"{name}\" src=\"data:image/png;base64,{data}\">{name}{caption}</td>");

@@ -198,7 +198,7 @@ impl Table {
     }
 }
 
-/// `29.58 ± 0.12` where the interval is symmetric, `12.0 [5.2, 36.0]` where not.
+/// `29.58 ± 0.12` where the interval is symmetric, `0.12 [0.05, 0.36] of 20` where not, as of a rate.
 pub fn cell_text(cell: &Cell, digits: usize) -> String {
     let m = match cell {
         Cell::Empty => return "-".into(),
@@ -210,7 +210,7 @@ pub fn cell_text(cell: &Cell, digits: usize) -> String {
         let symmetric = ((m.value - low) - (high - m.value)).abs() <= 1e-9 * (high - low);
         let _ = match symmetric {
             true => write!(text, " ± {:.digits$}", (high - low) / 2.0),
-            false => write!(text, " [{low:.digits$}, {high:.digits$}]"),
+            false => write!(text, " [{low:.digits$}, {high:.digits$}] of {}", m.n),
         };
     }
     if let Some(p) = m.p_value {
@@ -243,7 +243,7 @@ mod tests {
     fn what_is_not_measured_is_never_a_number() {
         let table = table();
         let text = table.to_text();
-        assert!(text.contains("measure: part, one ↑  not measured  0.25 [0.00, 1.00], p = 0.500"), "{text}");
+        assert!(text.contains("measure: part, one ↑  not measured  0.25 [0.00, 1.00] of 4, p = 0.500"), "{text}");
         assert!(text.contains("1.50 ± 0.98"), "{text}");
         assert!(text.contains("\nnot measured:\n  measure: part, one, measure: no weights"), "{text}");
         let csv = String::from_utf8(table.to_csv().unwrap()).unwrap();
