@@ -229,19 +229,14 @@ fn inception_equals_pytorch_fid_and_refuses_other_weights() {
         assert!(error < 2e-5, "{name}: {error}");
     }
     // torchvision's own InceptionV3 has 1000 classes; a file cut short lacks a tensor.
-    let imagenet = inception::tensors()
-        .into_iter()
-        .map(|(n, s)| if n.starts_with("fc.") { (n, [vec![1000], s[1..].to_vec()].concat()) } else { (n, s) });
-    let cut = inception::tensors().into_iter().skip(1);
-    let stranger = inception::tensors().into_iter().chain([("AuxLogits.fc.weight".to_string(), vec![1000, 768])]);
-    let cases: [(Box<dyn Iterator<Item = (String, Vec<usize>)>>, &str); 3] = [
-        (Box::new(imagenet), "fc.weight"),
-        (Box::new(cut), "Conv2d_1a_3x3.conv.weight"),
-        (Box::new(stranger), "AuxLogits"),
-    ];
+    let (mut imagenet, mut cut, mut stranger) = (inception::tensors(), inception::tensors(), inception::tensors());
+    imagenet.iter_mut().filter(|(name, _)| name.starts_with("fc.")).for_each(|(_, shape)| shape[0] = 1000);
+    cut.remove(0);
+    stranger.push(("AuxLogits.fc.weight".into(), vec![1000, 768]));
+    let cases = [(imagenet, "fc.weight"), (cut, "Conv2d_1a_3x3.conv.weight"), (stranger, "AuxLogits")];
     for (shapes, word) in cases {
         // Only names and shapes matter here.
-        let raw = shapes.map(|(name, shape)| {
+        let raw = shapes.into_iter().map(|(name, shape)| {
             RawTensor::from_tensor(name, &Tensor::zeros(shape, DType::BF16, &Device::Cpu).unwrap()).unwrap()
         });
         safetensors::write(&path, raw.collect(), &BTreeMap::new()).unwrap();
