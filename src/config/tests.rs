@@ -165,12 +165,15 @@ fn rules_between_keys() {
 }
 
 #[test]
-fn stages_and_cuda_are_refused_not_ignored() {
+fn stages_and_cuda_without_its_feature_are_refused_not_ignored() {
     let text = refused("model: m\ndata: {path: x}\nstages: [{max_steps: 5}]\n");
     assert!(text.starts_with("`stages` is not supported yet in `dir/a.yaml`, line 3"), "{text}");
     parse("model: m\ndata: {path: x}\nstages: []\n").unwrap();
-    let error = with(&["device=cuda:1"]).unwrap().check_supported().unwrap_err().to_string();
-    assert!(error.contains("cuda:1"), "{error}");
+    #[cfg(not(feature = "cuda"))]
+    {
+        let error = with(&["device=cuda:1"]).unwrap().check_supported().unwrap_err().to_string();
+        assert!(error.contains("cuda:1") && error.contains("--features cuda"), "{error}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Gradient accumulation: the sum over several backward passes, divided once at the end.
 
 use crate::error::Result;
-use crate::kernels::cpu;
+use crate::kernels::tensors;
 use candle_core::Tensor;
 
 /// Sums gradients, one slot per parameter. A slot that never got a gradient stays `None`.
@@ -24,7 +24,7 @@ impl Accumulator {
                 (None, grad) => grad,
                 (sum, None) => sum,
                 // Not in place: the first gradient may share its storage with another tensor.
-                (Some(sum), Some(grad)) => Some(cpu::add(&sum, &grad)?),
+                (Some(sum), Some(grad)) => Some(tensors::add(&sum, &grad)?),
             };
         }
         self.num_added += 1;

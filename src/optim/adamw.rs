@@ -5,7 +5,7 @@
 
 use crate::config::Training;
 use crate::error::{Error, Result};
-use crate::kernels::cpu;
+use crate::kernels::{cpu, tensors};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -47,8 +47,49 @@ pub struct AdamW {
 struct Moments {
     /// Steps that this parameter has had a gradient in.
     step: u64,
-    exp_avg: Vec<f32>,
-    exp_avg_sq: Vec<f32>,
+    averages: Averages,
+}
+
+/// The decaying averages of a parameter's gradient and of its square.
+enum Averages {
+    Host { exp_avg: Vec<f32>, exp_avg_sq: Vec<f32> },
+    /// As tensors beside the parameter.
+    Device { exp_avg: Tensor, exp_avg_sq: Tensor },
+}
+
+impl Averages {
+    fn zeros(param: &Tensor) -> Result<Self> {
+        Ok(match tensors::is_composed(param) {
+            true => Self::Device { exp_avg: param.zeros_like()?, exp_avg_sq: param.zeros_like()? },
+            false => {
+                let zeros = vec![0.0; param.elem_count()];
+                Self::Host { exp_avg: zeros.clone(), exp_avg_sq: zeros }
+            }
+        })
+    }
+
+    /// From saved tensors of the parameter's shape.
+    fn of(param: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor) -> Result<Self> {
+        Ok(match tensors::is_composed(param) {
+            true => {
+                let own = |t: &Tensor| t.to_dtype(DType::F32)?.to_device(param.device())?.contiguous()?.copy();
+                Self::Device { exp_avg: own(exp_avg)?, exp_avg_sq: own(exp_avg_sq)? }
+            }
+            false => {
+                Self::Host { exp_avg: cpu::view(exp_avg)?.to_vec(), exp_avg_sq: cpu::view(exp_avg_sq)?.to_vec() }
+            }
+        })
+    }
+
+    fn to_tensors(&self, dims: &[usize]) -> Result<[Tensor; 2]> {
+        Ok(match self {
+            Self::Host { exp_avg, exp_avg_sq } => {
+                let tensor = |x: &[f32]| Tensor::from_slice(x, dims, &Device::Cpu);
+                [tensor(exp_avg)?, tensor(exp_avg_sq)?]
+            }
+            Self::Device { exp_avg, exp_avg_sq } => [exp_avg.clone(), exp_avg_sq.clone()],
+        })
+    }
 }
 
 impl AdamW {
@@ -62,7 +103,7 @@ impl AdamW {
     /// `grads` holds one entry per parameter, of its shape. A parameter without gradient is left entirely alone: no
     /// decay, and its step count does not move. A gradient of zeros still decays.
     ///
-    /// Errors: another number or shape of gradients; a tensor that is not f32 on the CPU.
+    /// Errors: another number or shape of gradients; a tensor that is not f32.
     pub fn step(&mut self, params: &[Parameter], grads: &[Option<Tensor>], lr: f64) -> Result<()> {
         if params.len() != grads.len() {
             return Err(Error::run("the optimizer wants one gradient per parameter")
@@ -76,18 +117,24 @@ impl AdamW {
                     format!("{} weights and shape {:?}", param.tensor.dtype().as_str(), grad.dims()),
                 ));
             }
-            let num = grad.elem_count();
-            let moments = self.state.entry(param.name.clone()).or_insert_with(|| Moments {
-                step: 0,
-                exp_avg: vec![0.0; num],
-                exp_avg_sq: vec![0.0; num],
-            });
+            if !self.state.contains_key(&param.name) {
+                let averages = Averages::zeros(&param.tensor)?;
+                self.state.insert(param.name.clone(), Moments { step: 0, averages });
+            }
+            let moments = self.state.get_mut(&param.name).expect("inserted above");
             moments.step += 1;
             let update = Update::new(&self.options, lr, moments.step);
-            let (p, g) = (cpu::view(&param.tensor)?, cpu::view(grad)?);
-            let updated = update.apply(&p, &g, &mut moments.exp_avg, &mut moments.exp_avg_sq);
-            drop((p, g));
-            cpu::assign(&param.tensor, updated)?;
+            match &mut moments.averages {
+                Averages::Host { exp_avg, exp_avg_sq } => {
+                    let (p, g) = (cpu::view(&param.tensor)?, cpu::view(grad)?);
+                    let updated = update.apply(&p, &g, exp_avg, exp_avg_sq);
+                    drop((p, g));
+                    cpu::assign(&param.tensor, updated)?;
+                }
+                Averages::Device { exp_avg, exp_avg_sq } => {
+                    update.apply_on_device(&param.tensor, grad, exp_avg, exp_avg_sq)?;
+                }
+            }
         }
         Ok(())
     }
@@ -100,8 +147,9 @@ impl AdamW {
             let Some(moments) = self.state.get(&param.name) else { continue };
             let dims = param.tensor.dims();
             let mut push = |suffix: &str, tensor| tensors.push((format!("{}.{suffix}", param.name), tensor));
-            push("exp_avg", Tensor::from_slice(&moments.exp_avg, dims, &Device::Cpu)?);
-            push("exp_avg_sq", Tensor::from_slice(&moments.exp_avg_sq, dims, &Device::Cpu)?);
+            let [exp_avg, exp_avg_sq] = moments.averages.to_tensors(dims)?;
+            push("exp_avg", exp_avg);
+            push("exp_avg_sq", exp_avg_sq);
             push("step", Tensor::new(&[moments.step as i64], &Device::Cpu)?);
         }
         Ok(tensors)
@@ -135,9 +183,8 @@ impl AdamW {
                     return Err(Error::run(format!("the step count of `{}` is not one positive number", param.name)));
                 }
             };
-            let moments =
-                Moments { step, exp_avg: cpu::view(&exp_avg)?.to_vec(), exp_avg_sq: cpu::view(&exp_avg_sq)?.to_vec() };
-            state.insert(param.name.clone(), moments);
+            let averages = Averages::of(&param.tensor, &exp_avg, &exp_avg_sq)?;
+            state.insert(param.name.clone(), Moments { step, averages });
         }
         if let Some(name) = tensors.keys().next() {
             return Err(Error::run(format!("the optimizer state holds `{name}`, which is not trained here"))
@@ -197,12 +244,33 @@ impl Update {
             });
         out
     }
+
+    /// [`Update::apply`] composed of tensor operations, in their storage: each is rounded as there, so that the results
+    /// agree to the last bits.
+    fn apply_on_device(&self, weights: &Tensor, grad: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor) -> Result<()> {
+        let grad = grad.to_dtype(DType::F32)?;
+        let one_minus_beta1 = f64::from(self.one_minus_beta1);
+        let m = match self.one_minus_beta1 < 0.5 {
+            true => (exp_avg + ((&grad - exp_avg)? * one_minus_beta1)?)?,
+            false => (&grad - ((&grad - exp_avg)? * (1.0 - one_minus_beta1))?)?,
+        };
+        let squares = ((&grad * f64::from(self.one_minus_beta2))? * &grad)?;
+        let v = ((exp_avg_sq * f64::from(self.beta2))? + squares)?;
+        let denom = ((v.sqrt()? / f64::from(self.bias_correction2_sqrt))? + f64::from(self.eps))?;
+        let step = ((&m * f64::from(self.neg_step_size))? / denom)?;
+        let updated = ((weights * f64::from(self.shrink))? + step)?;
+        for (tensor, value) in [(exp_avg, m), (exp_avg_sq, v), (weights, updated)] {
+            tensors::assign(tensor, &value)?;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::io::safetensors::MappedFile;
+    use crate::kernels::route::composed_only;
     use crate::rng::{Purpose, Stream};
 
     const OPTIONS: AdamWOptions = AdamWOptions { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
@@ -330,6 +398,31 @@ mod tests {
             optimizer.step(&resumed, &grads(t), LR).unwrap();
         }
         assert_eq!(values(&straight), values(&resumed));
+    }
+
+    #[test]
+    fn on_a_device_the_weights_and_the_state_are_the_same() {
+        let (here, there) = (params(), params());
+        let (mut on_host, mut on_device) = (AdamW::new(OPTIONS), AdamW::new(OPTIONS));
+        let close = |a: &Tensor, b: &Tensor| {
+            let [a, b] = [a, b].map(|t| t.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap());
+            a.iter().zip(&b).for_each(|(a, b)| assert!((a - b).abs() <= 3e-7 * a.abs().max(1e-6), "{a} {b}"));
+        };
+        composed_only(|| {
+            for t in 0..4 {
+                on_device.step(&there, &grads(t), LR).unwrap();
+                if t == 1 {
+                    let state = on_device.state_tensors(&there).unwrap();
+                    on_device = AdamW::new(OPTIONS);
+                    on_device.load_state(&there, state).unwrap();
+                }
+            }
+        });
+        (0..4).for_each(|t| on_host.step(&here, &grads(t), LR).unwrap());
+        here.iter().zip(&there).for_each(|(a, b)| close(&a.tensor, &b.tensor));
+        let (a, b) = (on_host.state_tensors(&here).unwrap(), on_device.state_tensors(&there).unwrap());
+        assert_eq!(a.len(), b.len());
+        a.iter().zip(&b).for_each(|(a, b)| close(&a.1, &b.1));
     }
 
     #[test]

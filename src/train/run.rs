@@ -3,6 +3,7 @@
 use crate::cache::encode::{CacheRequest, fill_caches};
 use crate::config::{Config, TrainingMode};
 use crate::data::Loader;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::flow::FlowMatchEuler;
 use crate::io::write_atomic;
@@ -41,7 +42,8 @@ pub struct Options {
 /// after saving.
 pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     config.check_supported()?;
-    setup::precision(config)?;
+    let compute = device::open(config.device)?;
+    setup::precision(config, !compute.device.is_cpu())?;
     let dir = RunDir::new(&config.output);
     let start = Start::decide(&dir, config, options.resume)?;
     let data = RunData::open(config, options.quiet)?;
@@ -57,6 +59,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         return Ok(Outcome::DryRun(dry_run));
     }
     let mut progress = Progress::new(config.training.max_steps as u64, options.quiet);
+    progress.notes(&compute.notes);
     progress.notes(&data.notices);
 
     dir.create()?;
@@ -73,7 +76,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
     let (samples, cached) = fill_caches(&config.cache_dir(), &request)?;
     progress.cached(&cached);
 
-    let (mut model, trainable) = setup::load_network(config, &pipeline, &start)?;
+    let (mut model, trainable) = setup::load_network(config, &pipeline, &start, &compute.device)?;
     // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
     let yaml = config.to_yaml();
     write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;
