@@ -14,6 +14,7 @@ pub mod checkpoint;
 mod composed;
 pub mod conv;
 pub mod cpu;
+pub mod cuda;
 pub mod linear;
 pub mod math;
 pub mod matmul;
