@@ -4,6 +4,7 @@ use crate::cli::{print_line, use_threads};
 use crate::config::{Checkpointing, DeviceChoice};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::kernels::route::composed_only;
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
 use crate::progress::tell;
 use crate::train::bench::{Shape, bench};
@@ -69,6 +70,9 @@ pub struct BenchArgs {
     /// What the forward pass keeps.
     #[arg(long, value_enum, default_value = "none")]
     checkpointing: BenchCheckpointing,
+    /// Run every op composed of candle's operations, without kernels of our own (slow; to compare).
+    #[arg(long)]
+    composed: bool,
     /// Seed of random weights and data.
     #[arg(long, default_value_t = 7)]
     seed: u64,
@@ -153,6 +157,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         checkpointing,
         seed: args.seed,
     };
-    let report = bench(model, &shape, |step, seconds| tell(format_args!("step {step}: {seconds:.4} s")))?;
+    let timed = || bench(model, &shape, |step, seconds| tell(format_args!("step {step}: {seconds:.4} s")));
+    let report = if args.composed { composed_only(timed)? } else { timed()? };
     print_line(serde_json::to_string(&report).expect("a report is plain data"))
 }

@@ -128,9 +128,10 @@ impl std::str::FromStr for DeviceChoice {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
             "cuda" => Ok(Self::Cuda(0)),
-            other => other.strip_prefix("cuda:").and_then(number).ok_or_else(|| {
-                Error::usage("no such device").expected(<Self as Field>::kind(), format!("`{other}`"))
-            }),
+            other => other
+                .strip_prefix("cuda:")
+                .and_then(number)
+                .ok_or_else(|| Error::usage("no such device").expected(<Self as Field>::kind(), format!("`{other}`"))),
         }
     }
 }

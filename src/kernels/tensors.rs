@@ -26,20 +26,26 @@ pub fn assign(tensor: &Tensor, source: &Tensor) -> Result<()> {
     Ok(tensor.slice_set(&source, 0, 0)?)
 }
 
-/// The sum of the squares of all elements of all tensors: each tensor's in f32, those in f64, with one transfer from the
-/// device for all.
-pub fn sum_of_squares<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<f64> {
+/// The norm of all tensors of a device together: each tensor's sum of squares in f32, those in f64, with one transfer for
+/// all; by a kernel of ours all in f64.
+pub fn norm(tensors: &[&Tensor]) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if tensors.iter().all(|t| t.device().is_cuda())
+        && let Some(norm) = crate::kernels::cuda::multi_tensor::norm(tensors)?
+    {
+        return Ok(norm);
+    }
     let one = |t: &Tensor| -> Result<Tensor> {
         let squares = t.to_dtype(DType::F32)?.sqr()?;
         // By rows first: candle's reduction gives one block of threads to each result.
         let rows = if squares.rank() > 1 { squares.sum(D::Minus1)? } else { squares };
         Ok(rows.sum_all()?)
     };
-    let sums = tensors.into_iter().map(one).collect::<Result<Vec<_>>>()?;
+    let sums = tensors.iter().map(|t| one(t)).collect::<Result<Vec<_>>>()?;
     if sums.is_empty() {
         return Ok(0.0);
     }
-    Ok(Tensor::stack(&sums, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
+    Ok(Tensor::stack(&sums, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum::<f64>().sqrt())
 }
 
 #[cfg(test)]

@@ -52,9 +52,15 @@ struct Moments {
 
 /// The decaying averages of a parameter's gradient and of its square.
 enum Averages {
-    Host { exp_avg: Vec<f32>, exp_avg_sq: Vec<f32> },
+    Host {
+        exp_avg: Vec<f32>,
+        exp_avg_sq: Vec<f32>,
+    },
     /// As tensors beside the parameter.
-    Device { exp_avg: Tensor, exp_avg_sq: Tensor },
+    Device {
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+    },
 }
 
 impl Averages {
@@ -75,9 +81,7 @@ impl Averages {
                 let own = |t: &Tensor| t.to_dtype(DType::F32)?.to_device(param.device())?.contiguous()?.copy();
                 Self::Device { exp_avg: own(exp_avg)?, exp_avg_sq: own(exp_avg_sq)? }
             }
-            false => {
-                Self::Host { exp_avg: cpu::view(exp_avg)?.to_vec(), exp_avg_sq: cpu::view(exp_avg_sq)?.to_vec() }
-            }
+            false => Self::Host { exp_avg: cpu::view(exp_avg)?.to_vec(), exp_avg_sq: cpu::view(exp_avg_sq)?.to_vec() },
         })
     }
 
@@ -109,6 +113,7 @@ impl AdamW {
             return Err(Error::run("the optimizer wants one gradient per parameter")
                 .expected(format!("{} gradients", params.len()), grads.len()));
         }
+        let mut on_device = Vec::new();
         for (param, grad) in params.iter().zip(grads) {
             let Some(grad) = grad else { continue };
             if param.tensor.dtype() != DType::F32 || grad.dims() != param.tensor.dims() {
@@ -132,11 +137,13 @@ impl AdamW {
                     cpu::assign(&param.tensor, updated)?;
                 }
                 Averages::Device { exp_avg, exp_avg_sq } => {
-                    update.apply_on_device(&param.tensor, grad, exp_avg, exp_avg_sq)?;
+                    let grad = grad.to_dtype(DType::F32)?.contiguous()?;
+                    let (exp_avg, exp_avg_sq) = (exp_avg.clone(), exp_avg_sq.clone());
+                    on_device.push(DeviceUpdate { update, weights: param.tensor.clone(), grad, exp_avg, exp_avg_sq });
                 }
             }
         }
-        Ok(())
+        DeviceUpdate::apply_all(&on_device)
     }
 
     /// The state by name, in the order of `params`: `<name>.exp_avg` and `<name>.exp_avg_sq` of the parameter's shape,
@@ -222,6 +229,20 @@ impl Update {
         }
     }
 
+    /// The fields, in order, as the GPU's kernel takes them.
+    #[cfg(feature = "cuda")]
+    fn numbers(&self) -> [f32; 7] {
+        [
+            self.shrink,
+            self.one_minus_beta1,
+            self.beta2,
+            self.one_minus_beta2,
+            self.bias_correction2_sqrt,
+            self.eps,
+            self.neg_step_size,
+        ]
+    }
+
     /// The new weights; updates the moments. Every element is on its own, so the result does not depend on threads.
     fn apply(&self, weights: &[f32], grad: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32]) -> Vec<f32> {
         let mut out = cpu::uninit(weights.len());
@@ -244,21 +265,50 @@ impl Update {
             });
         out
     }
+}
 
-    /// [`Update::apply`] composed of tensor operations, in their storage: each is rounded as there, so that the results
-    /// agree to the last bits.
-    fn apply_on_device(&self, weights: &Tensor, grad: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor) -> Result<()> {
-        let grad = grad.to_dtype(DType::F32)?;
-        let one_minus_beta1 = f64::from(self.one_minus_beta1);
-        let m = match self.one_minus_beta1 < 0.5 {
-            true => (exp_avg + ((&grad - exp_avg)? * one_minus_beta1)?)?,
-            false => (&grad - ((&grad - exp_avg)? * (1.0 - one_minus_beta1))?)?,
+/// An update of tensors on a device, in their storage.
+struct DeviceUpdate {
+    update: Update,
+    weights: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+}
+
+impl DeviceUpdate {
+    fn apply_all(all: &[Self]) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if all.iter().all(|u| u.weights.device().is_cuda()) {
+            use crate::kernels::cuda::multi_tensor::{AdamwItem, adamw};
+            let item = |u: &'_ Self| AdamwItem {
+                weights: &u.weights,
+                grad: &u.grad,
+                exp_avg: &u.exp_avg,
+                exp_avg_sq: &u.exp_avg_sq,
+                numbers: u.update.numbers(),
+            };
+            if adamw(&all.iter().map(item).collect::<Vec<_>>())? {
+                return Ok(());
+            }
+        }
+        all.iter().try_for_each(Self::apply)
+    }
+
+    /// [`Update::apply`] composed of tensor operations: each is rounded as there, so that the results agree to the last
+    /// bits.
+    fn apply(&self) -> Result<()> {
+        let Self { update, weights, grad, exp_avg, exp_avg_sq } = self;
+        let one_minus_beta1 = f64::from(update.one_minus_beta1);
+        let m = match update.one_minus_beta1 < 0.5 {
+            true => (exp_avg + ((grad - exp_avg)? * one_minus_beta1)?)?,
+            false => (grad - ((grad - exp_avg)? * (1.0 - one_minus_beta1))?)?,
         };
-        let squares = ((&grad * f64::from(self.one_minus_beta2))? * &grad)?;
-        let v = ((exp_avg_sq * f64::from(self.beta2))? + squares)?;
-        let denom = ((v.sqrt()? / f64::from(self.bias_correction2_sqrt))? + f64::from(self.eps))?;
-        let step = ((&m * f64::from(self.neg_step_size))? / denom)?;
-        let updated = ((weights * f64::from(self.shrink))? + step)?;
+        let squares = ((grad * f64::from(update.one_minus_beta2))? * grad)?;
+        let v = ((exp_avg_sq * f64::from(update.beta2))? + squares)?;
+        let denom = ((v.sqrt()? / f64::from(update.bias_correction2_sqrt))? + f64::from(update.eps))?;
+        let step = ((&m * f64::from(update.neg_step_size))? / denom)?;
+        let updated = ((weights * f64::from(update.shrink))? + step)?;
         for (tensor, value) in [(exp_avg, m), (exp_avg_sq, v), (weights, updated)] {
             tensors::assign(tensor, &value)?;
         }

@@ -17,13 +17,12 @@ use rayon::prelude::*;
 pub fn clip_grad_norm(grads: &mut [Option<Tensor>], max_norm: f64) -> Result<f64> {
     let on_device = grads.iter().flatten().any(tensors::is_composed);
     let norm = match on_device {
-        true => tensors::sum_of_squares(grads.iter().flatten())?,
+        true => tensors::norm(&grads.iter().flatten().collect::<Vec<_>>())?,
         false => {
             let squares = |grad| Ok(sum_of_squares(&cpu::view(grad)?));
-            grads.iter().flatten().map(squares).sum::<Result<f64>>()?
+            grads.iter().flatten().map(squares).sum::<Result<f64>>()?.sqrt()
         }
-    }
-    .sqrt();
+    };
     let coefficient = max_norm / (norm + 1e-6);
     if max_norm > 0.0 && coefficient < 1.0 && norm.is_finite() {
         for grad in grads.iter_mut().flatten() {

@@ -16,6 +16,10 @@ const TILE_SCORES: usize = 1 << 25;
 
 /// [`joint_attention`](crate::kernels::attention::joint_attention).
 pub fn joint_attention(text: Stream, image: Stream, heads: usize, lengths: &[usize]) -> Result<Vec<Value>> {
+    #[cfg(feature = "cuda")]
+    if let Some(outputs) = crate::kernels::cuda::attention::joint_attention(text, image, heads, lengths)? {
+        return Ok(outputs);
+    }
     in_tiles(text, image, heads, lengths, TILE_SCORES)
 }
 
@@ -39,8 +43,10 @@ pub fn in_tiles(
     }
     let out = Tensor::cat(&outputs, 0)?; // (B, S, W)
     let tokens = out.dims()[1];
-    let outputs =
-        vec![out.narrow(1, 0, text_tokens)?.contiguous()?, out.narrow(1, text_tokens, tokens - text_tokens)?.contiguous()?];
+    let outputs = vec![
+        out.narrow(1, 0, text_tokens)?.contiguous()?,
+        out.narrow(1, text_tokens, tokens - text_tokens)?.contiguous()?,
+    ];
     drop(out);
     let saved = outputs.clone();
     Ok(record(&inputs, outputs, move |grads| dims.backward(&tensors, &saved, &log_sums, &grads)))

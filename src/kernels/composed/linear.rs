@@ -86,8 +86,7 @@ fn add_low_rank(mut y: Tensor, bias: Option<Tensor>, low_rank: Option<LowRank>) 
     #[cfg(feature = "cuda")]
     {
         use crate::kernels::cuda::ops;
-        let low_rank =
-            low_rank.as_ref().map(|l| ops::LowRank { t: l.t, b: l.b, by_rank: l.by_rank, scale: l.scale });
+        let low_rank = low_rank.as_ref().map(|l| ops::LowRank { t: l.t, b: l.b, by_rank: l.by_rank, scale: l.scale });
         if (bias.is_some() || low_rank.is_some()) && ops::lora_add(&y, bias.as_ref(), low_rank)? {
             return Ok(y);
         }

@@ -119,10 +119,9 @@ fn bf16_linears_agree_with_the_kernel() {
 #[test]
 fn bf16_norms_and_gates_agree_with_the_kernels() {
     let x = bf16(&randn(0, &[2, 5, 256], 1.5));
-    for (rows, table_rows) in [
-        (TokenRows::per_sample(2, 5), 2),
-        (TokenRows::with_conditions(2, vec![false, false, true, false, true]), 4),
-    ] {
+    for (rows, table_rows) in
+        [(TokenRows::per_sample(2, 5), 2), (TokenRows::with_conditions(2, vec![false, false, true, false, true]), 4)]
+    {
         let mods = bf16(&randn(1, &[table_rows, 6, 256], 0.5));
         let inputs = [x.clone(), mods.clone()];
         agree(BF16, &inputs, |v| Ok(vec![modulated_norm(&v[0], &v[1], 3, 1, &rows, 1e-6)?]));

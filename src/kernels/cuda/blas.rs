@@ -24,8 +24,12 @@ pub fn gemm(out: &Tensor, a: &Tensor, b: &Tensor, alpha: f32, beta: f32) -> Resu
     let (c, a_side, b_side) = (Side::of(out)?, Side::of(a)?, Side::of(b)?);
     let fits = a_side.rows == c.rows && b_side.columns == c.columns && a_side.columns == b_side.rows;
     if !fits || c.batch != a_side.batch || c.batch != b_side.batch || c.transposed {
-        return Err(Error::run("the shapes of a product do not fit")
-            .detail(format!("{:?} = {:?} x {:?}", out.dims(), a.dims(), b.dims())));
+        return Err(Error::run("the shapes of a product do not fit").detail(format!(
+            "{:?} = {:?} x {:?}",
+            out.dims(),
+            a.dims(),
+            b.dims()
+        )));
     }
     let kind = |t: &Tensor| match t.dtype() {
         DType::BF16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),

@@ -121,11 +121,7 @@ pub(super) fn address(tensor: &Tensor) -> Result<u64> {
 }
 
 /// A tensor whose elements a kernel will write, on the device of `like`.
-pub(super) fn empty(
-    shape: impl Into<candle_core::Shape>,
-    dtype: candle_core::DType,
-    like: &Tensor,
-) -> Result<Tensor> {
+pub(super) fn empty(shape: impl Into<candle_core::Shape>, dtype: candle_core::DType, like: &Tensor) -> Result<Tensor> {
     // SAFETY: every caller launches a kernel that writes each element before anything reads it; on the stream that both
     // run on, the write comes first.
     Ok(unsafe { Tensor::empty(shape, dtype, like.device()) }?)

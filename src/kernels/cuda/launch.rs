@@ -32,10 +32,12 @@ pub(super) enum Arg<'a> {
     Int(usize),
     /// A number.
     Float(f32),
+    /// A number.
+    Double(f64),
 }
 
-/// Launches kernel `name` on the device and stream of `on`, with arguments by name in the order of the manifest; `grid`
-/// are the numbers beside them that its grid wants. False if the kernel does not run here: there is none for this GPU,
+/// Launches kernel `name` on the device and stream of `on`, with arguments by name in any order; `grid` are the numbers
+/// beside them that its grid wants. False if the kernel does not run here: there is none for this GPU,
 /// or an address or a number is not the multiple of 16 that its machine code was promised.
 ///
 /// Errors: arguments that are not the kernel's (a mistake of the caller), a failed launch.
@@ -43,20 +45,18 @@ pub(super) fn launch(on: &Tensor, name: &str, args: &[(&str, Arg)], grid: &[(&st
     let Some(loaded) = load(on, name)? else { return Ok(false) };
     let wrong = |what: String| Error::run(format!("GPU kernel `{name}` was called wrongly")).detail(what);
     let expected = &loaded.kernel.arguments;
-    if args.len() != expected.len() || args.iter().zip(expected).any(|(a, e)| a.0 != e.name) {
-        let names = |names: Vec<&str>| names.join(", ");
-        return Err(wrong("its arguments".into()).expected(
-            names(expected.iter().map(|e| e.name.as_str()).collect()),
-            names(args.iter().map(|a| a.0).collect()),
-        ));
-    }
     let mut values = Vec::with_capacity(args.len());
-    for ((name, arg), expected) in args.iter().zip(expected) {
-        let value = Value::of(*arg, expected.ty).ok_or_else(|| wrong(format!("`{name}` wants {:?}", expected.ty)))??;
+    for expected in expected {
+        let arg = args.iter().find(|(name, _)| *name == expected.name).map(|(_, arg)| *arg);
+        let value = arg.and_then(|arg| Value::of(arg, expected.ty));
+        let value = value.ok_or_else(|| wrong(format!("`{}` wants {:?}", expected.name, expected.ty)))??;
         if expected.multiple_of_16 && !value.is_multiple_of_16() {
             return Ok(false);
         }
         values.push(value);
+    }
+    if args.len() != values.len() {
+        return Err(wrong(format!("it takes {} arguments, not {}", values.len(), args.len())));
     }
     let number = |wanted: &str| {
         let by_name = args.iter().find_map(|(name, arg)| match arg {
@@ -78,6 +78,7 @@ pub(super) fn launch(on: &Tensor, name: &str, args: &[(&str, Arg)], grid: &[(&st
             Value::I32(v) => builder.arg(v),
             Value::I64(v) => builder.arg(v),
             Value::F32(v) => builder.arg(v),
+            Value::F64(v) => builder.arg(v),
         };
     }
     // Triton's scratch buffers, which no kernel here uses (a test of the manifest says so).
@@ -108,12 +109,14 @@ enum Value {
     I32(i32),
     I64(i64),
     F32(f32),
+    F64(f64),
 }
 
 impl Value {
     /// `None` if the argument is of another type.
     fn of(arg: Arg, ty: ArgumentType) -> Option<Result<Self>> {
-        let pointer = |dtype: DType, tensor: &Tensor| (tensor.dtype() == dtype).then(|| address(tensor).map(Self::Address));
+        let pointer =
+            |dtype: DType, tensor: &Tensor| (tensor.dtype() == dtype).then(|| address(tensor).map(Self::Address));
         match (arg, ty) {
             (Arg::Tensor(t), ArgumentType::Bf16Pointer) => pointer(DType::BF16, t),
             (Arg::Tensor(t), ArgumentType::F16Pointer) => pointer(DType::F16, t),
@@ -126,6 +129,7 @@ impl Value {
             (Arg::Int(n), ArgumentType::I32) => i32::try_from(n).ok().map(|n| Ok(Self::I32(n))),
             (Arg::Int(n), ArgumentType::I64) => i64::try_from(n).ok().map(|n| Ok(Self::I64(n))),
             (Arg::Float(x), ArgumentType::F32) => Some(Ok(Self::F32(x))),
+            (Arg::Double(x), ArgumentType::F64) => Some(Ok(Self::F64(x))),
             _ => None,
         }
     }
@@ -135,7 +139,7 @@ impl Value {
             Self::Address(v) => v % 16 == 0,
             Self::I32(v) => v % 16 == 0,
             Self::I64(v) => v % 16 == 0,
-            Self::F32(_) => true,
+            Self::F32(_) | Self::F64(_) => true,
         }
     }
 }

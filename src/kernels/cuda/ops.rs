@@ -224,13 +224,7 @@ pub fn norm_rope(x: &Tensor, weight: &Tensor, rope: &Rope, eps: f32) -> Result<O
 }
 
 /// The gradient of [`norm_rope`] with respect to `x`.
-pub fn norm_rope_backward(
-    x: &Tensor,
-    weight: &Tensor,
-    rope: &Rope,
-    grad: &Tensor,
-    eps: f32,
-) -> Result<Option<Tensor>> {
+pub fn norm_rope_backward(x: &Tensor, weight: &Tensor, rope: &Rope, grad: &Tensor, eps: f32) -> Result<Option<Tensor>> {
     let head = weight.elem_count();
     let name = format!("norm_rope_backward_d{head}");
     if !(plain(&[x, weight, grad]) && runs(x, &name)) {

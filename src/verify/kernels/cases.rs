@@ -48,7 +48,8 @@ pub(super) fn all(sizes: Sizes) -> Result<Vec<Case>> {
 }
 
 fn attention(batch: usize, text: usize, image: usize, heads: usize, head: usize, lengths: &[usize]) -> Result<Case> {
-    let input = |i: usize| Ok((randn(i as u64, &[batch, if i < 3 { text } else { image }, heads * head], 1.0)?, Activation));
+    let input =
+        |i: usize| Ok((randn(i as u64, &[batch, if i < 3 { text } else { image }, heads * head], 1.0)?, Activation));
     let lengths = lengths.to_vec();
     Ok(Case {
         name: format!("attention {batch}x({text}+{image})x{heads}x{head}"),

@@ -4,6 +4,7 @@
 //! On a GPU this tests the compiled kernels; on the CPU the composed ops against the CPU's kernels.
 
 mod cases;
+mod model;
 mod optimizer;
 mod table;
 
@@ -64,6 +65,8 @@ pub fn run(device: &Device, sizes: Sizes, mut started: impl FnMut(&str)) -> Resu
     }
     started("adamw");
     rows.extend(optimizer::check(device, sizes)?);
+    started("model");
+    rows.extend(model::check(device, sizes)?);
     Ok(Table { rows })
 }
 
@@ -79,10 +82,9 @@ impl Case {
         let launched = launches() - before;
         let (kernel_s, composed_s) = match sizes {
             Sizes::Small => (None, None),
-            Sizes::Published => (
-                Some(self.time(&inputs, device)?),
-                Some(composed_only(|| self.time(&inputs, device))?),
-            ),
+            Sizes::Published => {
+                (Some(self.time(&inputs, device)?), Some(composed_only(|| self.time(&inputs, device))?))
+            }
         };
         drop(inputs);
         let missing = self.has_kernel && launched == 0 && kernels_expected(device);

@@ -59,7 +59,8 @@ pub(super) fn check(device: &Device, sizes: Sizes) -> Result<Vec<Row>> {
 }
 
 fn steps(device: &Device, shapes: &[Vec<usize>]) -> Result<Run> {
-    let normal = |item: u64, shape: &[usize], std| Ok(randn(item, shape, std)?.to_device(device)?);
+    let normal =
+        |item: u64, shape: &[usize], std: f64| -> Result<Tensor> { Ok(randn(item, shape, std)?.to_device(device)?) };
     let parameter = |(i, shape): (usize, &Vec<usize>)| -> Result<Parameter> {
         Ok(Parameter { name: format!("p{i}"), tensor: normal(i as u64, shape, 0.1)? })
     };
