@@ -13,7 +13,7 @@ mod grid;
 mod launch;
 pub mod manifest;
 #[cfg(feature = "cuda")]
-pub(super) mod multi_tensor;
+pub mod multi_tensor;
 #[cfg(feature = "cuda")]
 pub(super) mod ops;
 
