@@ -5,6 +5,8 @@
 
 use crate::config::Training;
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::multi_tensor::{AdamwItem, adamw};
 use crate::kernels::{cpu, tensors};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -279,20 +281,21 @@ struct DeviceUpdate {
 impl DeviceUpdate {
     fn apply_all(all: &[Self]) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if all.iter().all(|u| u.weights.device().is_cuda()) {
-            use crate::kernels::cuda::multi_tensor::{AdamwItem, adamw};
-            let item = |u: &'_ Self| AdamwItem {
-                weights: &u.weights,
-                grad: &u.grad,
-                exp_avg: &u.exp_avg,
-                exp_avg_sq: &u.exp_avg_sq,
-                numbers: u.update.numbers(),
-            };
-            if adamw(&all.iter().map(item).collect::<Vec<_>>())? {
-                return Ok(());
-            }
+        if all.iter().all(|u| u.weights.device().is_cuda()) && adamw(&all.iter().map(Self::item).collect::<Vec<_>>())? {
+            return Ok(());
         }
         all.iter().try_for_each(Self::apply)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn item(&self) -> AdamwItem<'_> {
+        AdamwItem {
+            weights: &self.weights,
+            grad: &self.grad,
+            exp_avg: &self.exp_avg,
+            exp_avg_sq: &self.exp_avg_sq,
+            numbers: self.update.numbers(),
+        }
     }
 
     /// [`Update::apply`] composed of tensor operations: each is rounded as there, so that the results agree to the last
