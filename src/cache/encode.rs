@@ -76,9 +76,10 @@ fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashM
     let key =
         |c: &&str| Key::prompt_embeds(c, &template.apply("{}"), request.max_sequence_length, &encoder, DType::F32);
     let keys: Vec<Key> = captions.iter().map(key).collect();
+    let cut = cut_captions(request, &template, &captions)?;
     let mut networks = None;
     let options = FillOptions { label: "prompt embeddings", batch_size: PROMPTS_AT_ONCE, quiet: request.quiet };
-    let filled = fill(store, &keys, options, |missing| {
+    let mut filled = fill(store, &keys, options, |missing| {
         check_stop(request)?;
         if networks.is_none() {
             let files = &pipeline.text_encoder;
@@ -95,7 +96,37 @@ fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashM
             missing.iter().map(|&i| captions[i]),
         )
     })?;
+    filled.notices.extend(cut);
     Ok((captions.into_iter().zip(keys).collect(), filled))
+}
+
+/// A line for each caption that is longer than what is kept of it, with the images that have it.
+fn cut_captions(request: &CacheRequest, template: &Template, captions: &[&str]) -> Result<Vec<String>> {
+    let kept = request.max_sequence_length;
+    // A token is a byte or more, so that few captions need counting, and often not even the tokenizer.
+    let around = template.apply("").len();
+    let long: Vec<&str> = captions.iter().copied().filter(|caption| caption.len() + around > kept).collect();
+    if long.is_empty() {
+        return Ok(Vec::new());
+    }
+    let tokenizer = PromptTokenizer::load(&request.pipeline.tokenizer)?;
+    let prefix = tokenizer.num_prefix_tokens(template)?;
+    let mut notices = Vec::new();
+    for caption in long {
+        let tokens = tokenizer.encode(&template.apply(caption))?.len() - prefix;
+        if tokens > kept {
+            let items = request.dataset.items().iter().filter(|item| item.caption == caption);
+            let mut images: Vec<&str> = items.map(|item| item.path.as_str()).collect();
+            if images.is_empty() {
+                images.push("a preview");
+            }
+            notices.push(format!(
+                "the caption of {} is cut: it has {tokens} tokens, and `data.max_sequence_length` keeps {kept}",
+                images.join(", ")
+            ));
+        }
+    }
+    Ok(notices)
 }
 
 fn encode_prompts<'a>(

@@ -7,14 +7,16 @@ pub mod field;
 pub mod reference;
 pub mod sections;
 pub mod size;
+pub mod stages;
 pub mod tree;
 pub mod types;
 
 pub use sections::{Data, Evaluation, Flow, Lora, Model, Preview, Save, Target, Targets, Training};
 pub use size::ImageSize;
+pub use stages::{SigmaRange, Stage, StageFilter, Stages, Until};
 pub use types::{
     Betas, Checkpointing, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting, LrSchedule, Optimizer,
-    Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, Stages, TrainingMode,
+    Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
 };
 
 use crate::error::{Error, Result};
@@ -41,8 +43,9 @@ section! {
         data: Data;
         /// Noise levels.
         flow: Flow = Flow::default();
-        /// Staged training. This version trains in one stage: only the empty list is accepted.
-        stages: Stages = Stages;
+        /// Staged training: a list of stages as described below, which follow one another. An empty list trains in one
+        /// piece.
+        stages: Stages = Stages::default();
         /// What is written during the run.
         save: Save = Save::default();
         /// The held-out loss.
@@ -111,6 +114,7 @@ impl Config {
                 .expected("`flow.sigma_min` below `flow.sigma_max`", self.flow.sigma_min)
                 .detail(format!("`flow.sigma_max` is {}", self.flow.sigma_max)));
         }
+        self.stages.spans(training.max_steps)?;
         let preview = &self.preview;
         if preview.every > 0 && (preview.prompts.is_empty() || preview.seeds.is_empty()) {
             let empty = if preview.prompts.is_empty() { "prompts" } else { "seeds" };

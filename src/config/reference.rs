@@ -2,6 +2,7 @@
 
 use crate::config::field::{Field, FieldInfo};
 use crate::config::sections::Target;
+use crate::config::stages::Stage;
 use crate::config::{Config, DERIVED_DEFAULTS};
 use serde_json::json;
 use std::fmt::Write;
@@ -33,6 +34,13 @@ pub fn markdown() -> String {
             table(&mut page, "", &Target::fields());
         }
     }
+    page.push_str(STAGES);
+    let (filters, plain): (Vec<_>, Vec<_>) = Stage::fields().into_iter().partition(|f| !f.fields.is_empty());
+    table(&mut page, "", &plain);
+    for map in &filters {
+        let _ = write!(page, "\n`{}` of a stage: {}\n\n", map.name, lower_first(&text(map)));
+        table(&mut page, &format!("{}.", map.name), &map.fields);
+    }
     page
 }
 
@@ -49,6 +57,18 @@ editor, `qwen-lora config --schema > qwen-lora.schema.json`.
 ## Top level
 
 ";
+
+const STAGES: &str = "
+## stages
+
+A list of maps, one for each part of the run; see [training.md](training.md).
+
+";
+
+fn lower_first(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map(|c| c.to_lowercase().chain(letters).collect()).unwrap_or_default()
+}
 
 fn table(page: &mut String, prefix: &str, fields: &[FieldInfo]) {
     page.push_str("| key | default | value | meaning |\n|---|---|---|---|\n");

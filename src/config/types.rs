@@ -432,28 +432,3 @@ impl Field for Betas {
         Node::made(Content::List(vec![self.0.write(), self.1.write()]))
     }
 }
-
-/// The stages of a staged training. This version has none: only the empty list is a value.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stages;
-
-impl Field for Stages {
-    fn kind() -> String {
-        "an empty list".into()
-    }
-    fn schema() -> Json {
-        json!({"type": "array", "maxItems": 0})
-    }
-    fn read(node: &Node, at: &At) -> Result<Self> {
-        match &node.content {
-            Content::List(list) if list.is_empty() => Ok(Self),
-            Content::Null => Ok(Self),
-            _ => Err(Error::usage(format!("`{}` is not supported yet {}", at.key(), at.place(&node.place)))
-                .detail("this version trains in one stage and does not ignore the others")
-                .hint("remove `stages`, or start one run per stage")),
-        }
-    }
-    fn write(&self) -> Node {
-        Node::made(Content::List(Vec::new()))
-    }
-}

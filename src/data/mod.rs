@@ -9,6 +9,7 @@ pub mod loader;
 pub mod place;
 pub mod plan;
 pub mod resample;
+pub mod select;
 
 pub use batch::{Batch, Example, collate};
 pub use bucket::{Bucket, Buckets};
@@ -17,3 +18,4 @@ pub use image::Size;
 pub use loader::Loader;
 pub use place::Sample;
 pub use plan::{Plan, PlanSettings, PlannedBatch, PlannedItem};
+pub use select::Selection;

@@ -1,7 +1,7 @@
 //! From a planned batch to a noisy one: a pure function of (config, seed, batch number).
 
 use crate::cache::CachedSamples;
-use crate::config::{Config, LossWeighting};
+use crate::config::{Config, LossWeighting, SigmaRange};
 use crate::data::{Batch, PlannedBatch};
 use crate::error::Result;
 use crate::flow::FlowMatchEuler;
@@ -9,6 +9,7 @@ use crate::flow::loss::{CaptionWeight, Weighting};
 use crate::flow::sigma::SigmaSampler;
 use crate::model::vae::pack;
 use crate::rng::{Purpose, Stream};
+use crate::train::stages::Timeline;
 use crate::train::step::NoisyBatch;
 use candle_core::{DType, Device, Tensor};
 
@@ -16,7 +17,10 @@ use candle_core::{DType, Device, Tensor};
 pub struct Batches {
     samples: CachedSamples,
     seed: u64,
+    /// The noise levels of the run, at which the held-out loss is measured in all stages.
     sigmas: SigmaSampler,
+    /// The noise levels of each batch.
+    stage_sigmas: Timeline<SigmaSampler>,
     weighting: LossWeighting,
     caption_weight: CaptionWeight,
 }
@@ -35,26 +39,37 @@ pub struct TrainBatch {
 
 impl Batches {
     /// Batches from these caches, with the noise levels and loss weights of the config.
-    pub fn new(config: &Config, samples: CachedSamples, scheduler: FlowMatchEuler) -> Self {
-        Self {
+    ///
+    /// Errors: stages that do not fit the run.
+    pub fn new(config: &Config, samples: CachedSamples, scheduler: FlowMatchEuler) -> Result<Self> {
+        let sigmas = SigmaSampler::new(&config.flow, scheduler.clone());
+        let mut stage_sigmas = Timeline::new(sigmas.clone());
+        for (steps, stage) in config.stages.spans(config.training.max_steps)? {
+            let mut flow = config.flow.clone();
+            (flow.sigma_min, flow.sigma_max) = stage.sigma.map_or((flow.sigma_min, flow.sigma_max), SigmaRange::get);
+            let start = steps.start * config.training.gradient_accumulation as u64;
+            stage_sigmas.then(start, SigmaSampler::new(&flow, scheduler.clone()));
+        }
+        Ok(Self {
             samples,
             seed: config.seed,
-            sigmas: SigmaSampler::new(&config.flow, scheduler),
+            sigmas,
+            stage_sigmas,
             weighting: config.flow.weighting,
             caption_weight: CaptionWeight::new(config.data.caption_weight, config.data.caption_dropout),
-        }
+        })
     }
 
     /// The batch of `planned`, with noise and noise levels drawn for (seed, planned.step, item).
     pub fn training(&self, planned: &PlannedBatch) -> Result<TrainBatch> {
         let batch = self.samples.batch(planned)?;
         let tokens = image_tokens(&batch);
-        let sigma = |&item: &usize| {
-            self.sigmas.draw(&mut Stream::new(self.seed, planned.step, item as u64, Purpose::Sigma), tokens)
-        };
+        let levels = self.stage_sigmas.at(planned.step);
+        let sigma =
+            |&item: &usize| levels.draw(&mut Stream::new(self.seed, planned.step, item as u64, Purpose::Sigma), tokens);
         let sigmas: Vec<f64> = batch.items.iter().map(sigma).collect();
         // Per batch, because the noise levels depend on the image size.
-        let weighting = Weighting::new(self.weighting, |q| self.sigmas.quantile(q, tokens));
+        let weighting = Weighting::new(self.weighting, |q| levels.quantile(q, tokens));
         let weights = sigmas.iter().zip(&batch.caption_dropped);
         let weights = weights.map(|(&s, &dropped)| weighting.at(s) * self.caption_weight.of(dropped)).collect();
         Ok(TrainBatch {
