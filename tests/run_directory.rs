@@ -260,3 +260,30 @@ fn a_dry_run_reports_and_writes_nothing() {
     assert_eq!((&json["outcome"], &json["found"]["images"]), (&"dry run".into(), &8.into()));
     assert!(!place.path("runs").exists());
 }
+
+#[test]
+fn images_that_are_left_out_are_named_with_the_reason_and_stay_where_they_are() {
+    let place = Workplace::new();
+    let drawings = place.path("images");
+    let small = image::RgbImage::from_pixel(40, 90, image::Rgb([9, 9, 9]));
+    std::fs::create_dir(drawings.join("b")).unwrap();
+    small.save(drawings.join("b/small.png")).unwrap();
+    std::fs::write(drawings.join("b/small.txt"), "something small").unwrap();
+    let before = train_common::snapshot(&drawings);
+    let output = place.train_ok(&with(&["--set", "data.filter.min_size=48"]));
+    assert_says(&stderr(&output), &["note: `data.filter.min_size` leaves out 1 image: b/small.png"]);
+    let filtered = std::fs::read_to_string(place.run("filtered.jsonl")).unwrap();
+    assert_eq!(
+        filtered,
+        "{\"path\":\"b/small.png\",\"rule\":\"min_size\",\"limit\":48,\"found\":40,\
+         \"reason\":\"it has 40x90 pixels; both sides must have 48 or more\"}\n"
+    );
+    assert_eq!(before, train_common::snapshot(&drawings));
+    // What is left out is as if it were not there.
+    let adapter = |w: &Workplace| std::fs::read(w.run("checkpoints/step-000008/adapter.safetensors")).unwrap();
+    assert!(adapter(&place) == adapter(&finished()));
+
+    let place = Workplace::new();
+    let error = refused(&place, &["--set", "data.filter.min_size=5000"]);
+    assert_says(&error, &["`data.filter` leaves out all of the 8 images", "01-red-circle.png: it has ", "hint: "]);
+}

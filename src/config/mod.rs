@@ -11,7 +11,7 @@ pub mod stages;
 pub mod tree;
 pub mod types;
 
-pub use sections::{Data, Evaluation, Flow, Lora, Model, Preview, Save, Target, Targets, Training};
+pub use sections::{Data, Evaluation, Filter, Flow, Lora, Model, Preview, Save, Target, Targets, Training};
 pub use size::ImageSize;
 pub use stages::{SigmaRange, Stage, StageFilter, Stages, Until};
 pub use types::{

@@ -28,7 +28,11 @@ pub fn markdown() -> String {
     table(&mut page, "", &plain);
     for section in &sections {
         let _ = write!(page, "\n## {}\n\n{}\n\n", section.name, text(section));
-        table(&mut page, &format!("{}.", section.name), &section.fields);
+        let (maps, plain): (Vec<_>, Vec<_>) = section.fields.iter().partition(|f| !f.fields.is_empty());
+        table(&mut page, &format!("{}.", section.name), plain);
+        for map in maps {
+            sub_table(&mut page, &format!("{}.{}", section.name, map.name), map);
+        }
         if section.name == "lora" {
             page.push_str("\nAn entry of `target_modules` as a map:\n\n");
             table(&mut page, "", &Target::fields());
@@ -38,8 +42,7 @@ pub fn markdown() -> String {
     let (filters, plain): (Vec<_>, Vec<_>) = Stage::fields().into_iter().partition(|f| !f.fields.is_empty());
     table(&mut page, "", &plain);
     for map in &filters {
-        let _ = write!(page, "\n`{}` of a stage: {}\n\n", map.name, lower_first(&text(map)));
-        table(&mut page, &format!("{}.", map.name), &map.fields);
+        sub_table(&mut page, &format!("stages.N.{}", map.name), map);
     }
     page
 }
@@ -65,12 +68,13 @@ A list of maps, one for each part of the run; see [training.md](training.md).
 
 ";
 
-fn lower_first(text: &str) -> String {
-    let mut letters = text.chars();
-    letters.next().map(|c| c.to_lowercase().chain(letters).collect()).unwrap_or_default()
+/// A map inside a section.
+fn sub_table(page: &mut String, key: &str, map: &FieldInfo) {
+    let _ = write!(page, "\n`{key}`: {}\n\n", text(map));
+    table(page, &format!("{key}."), &map.fields);
 }
 
-fn table(page: &mut String, prefix: &str, fields: &[FieldInfo]) {
+fn table<'a>(page: &mut String, prefix: &str, fields: impl IntoIterator<Item = &'a FieldInfo>) {
     page.push_str("| key | default | value | meaning |\n|---|---|---|---|\n");
     for field in fields {
         let key = format!("{prefix}{}", field.name);

@@ -165,6 +165,8 @@ section! {
         default_caption: Option<String> = None;
         /// Longest prompt, in tokens; what is longer is cut off.
         max_sequence_length: usize = 512, Range::between(1.0, 1024.0);
+        /// Images that are left out: a map with the keys below.
+        filter: Filter = Filter::default();
         /// Share of samples that are trained with the empty caption.
         caption_dropout: f64 = 0.05, Range::between(0.0, 1.0);
         /// Weight in the loss of a sample trained with its caption, relative to one whose caption was dropped. It is
@@ -179,6 +181,15 @@ section! {
         prefetch: usize = 2, Range::between(1.0, 64.0);
         /// Where latents and prompt embeddings are kept between runs; null means `.cache` beside the run directory.
         cache_dir: Option<PathBuf> = None;
+    }
+}
+
+section! {
+    /// Images that are left out when the data set is indexed. Each of them is named with its reason in `filtered.jsonl`
+    /// of the run directory; the files stay as they are.
+    pub struct Filter {
+        /// Pixels that both sides of an image must have; 0 takes any image.
+        min_size: usize = 0, Range::between(0.0, 65536.0);
     }
 }
 

@@ -237,7 +237,8 @@ fn unusual() -> Config {
          checkpointing: selective, mode: full}",
         "lora={rank: 3, alpha: 0.1, rslora: true, init: kaiming, target_modules: ['re:^a\\.\"b', {name: '*', rank: 2}]}",
         "data={path: /d/图片, resolution: [512, 768], default_caption: 'yes', max_sequence_length: 99, \
-         caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c}",
+         caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c, \
+         filter: {min_size: 7}}",
         "flow={sampling: uniform, logit_mean: -0.5, logit_std: 2, shift: 2.2255, sigma_min: 0.01, sigma_max: 0.99, \
          weighting: bell}",
         "save={every: 1, keep: 0, dtype: f16}",

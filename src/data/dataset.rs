@@ -1,6 +1,7 @@
 //! A folder of captioned images: `name.txt` beside `name.jpg`, `.png` or `.webp`.
 
 use crate::data::files::{self, FoundImage};
+use crate::data::filter::LeftOut;
 use crate::data::image::{self, Size};
 use crate::error::{Error, Result};
 use crate::progress;
@@ -92,6 +93,32 @@ impl Dataset {
             notice("images with the same content", &images);
         }
         Ok(Self { root: root.into(), items, notices })
+    }
+
+    /// Leaves out the items for which `rule` gives a reason, and gives the reasons. The other items move up: indices
+    /// from before mean nothing any more. Errors (usage): nothing is left.
+    pub fn leave_out(&mut self, mut rule: impl FnMut(usize, &Item) -> Option<LeftOut>) -> Result<Vec<LeftOut>> {
+        let reasons: Vec<Option<LeftOut>> = self.items.iter().enumerate().map(|(i, item)| rule(i, item)).collect();
+        let mut kept = reasons.iter().map(Option::is_none);
+        self.items.retain(|_| kept.next().expect("one reason for each item"));
+        let left_out: Vec<LeftOut> = reasons.into_iter().flatten().collect();
+        if let (true, Some(first)) = (self.items.is_empty(), left_out.first()) {
+            return Err(Error::usage(format!(
+                "`data.filter` leaves out all of the {}",
+                count(left_out.len(), "image")
+            ))
+            .detail(format!("{}: {}", first.path, first.reason))
+            .hint("ask for less in `data.filter`"));
+        }
+        let mut by_rule: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for image in &left_out {
+            by_rule.entry(image.rule).or_default().push(&image.path);
+        }
+        for (rule, paths) in by_rule {
+            let images = count(paths.len(), "image");
+            self.notices.push(format!("`data.filter.{rule}` leaves out {images}: {}", name_some(&paths)));
+        }
+        Ok(left_out)
     }
 
     /// The folder.

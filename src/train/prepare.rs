@@ -2,8 +2,8 @@
 //! and most of it before anything is written.
 
 use crate::cache::encode::{CacheRequest, fill_caches};
-use crate::config::Config;
-use crate::data::Loader;
+use crate::config::{Config, Filter};
+use crate::data::{LeftOut, Loader};
 use crate::error::Result;
 use crate::flow::FlowMatchEuler;
 use crate::io::write_atomic;
@@ -99,6 +99,10 @@ impl Run {
         // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
         let yaml = config.to_yaml();
         write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;
+        if config.data.filter != Filter::default() {
+            let lines: Vec<String> = data.left_out.iter().map(line).collect();
+            write_atomic(&dir.filtered(), |file| file.write_all(lines.concat().as_bytes()))?;
+        }
         let mut optimizer = AdamW::new(AdamWOptions::from(&config.training));
         let first_step = match start {
             Start::From(checkpoint) => {
@@ -146,4 +150,9 @@ impl Run {
         };
         Ok(Prepared::Ready(Box::new(Self { model, trainable, optimizer, course, batches, loader, record })))
     }
+}
+
+/// A line of `filtered.jsonl`.
+fn line(left_out: &LeftOut) -> String {
+    serde_json::to_string(left_out).expect("paths and numbers are JSON") + "\n"
 }

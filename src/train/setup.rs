@@ -4,7 +4,7 @@ use crate::adapters::file::Provenance;
 use crate::adapters::{Init, LoraAdapter, LoraScaling, Target, TargetEntry, resolve_targets};
 use crate::cache::fingerprint;
 use crate::config::{Config, LoraInit, Resolutions, TrainingMode};
-use crate::data::{Buckets, Dataset, Plan, PlanSettings, Sample, Selection, place};
+use crate::data::{Buckets, Dataset, LeftOut, Plan, PlanSettings, Sample, Selection, filter, place};
 use crate::error::{Error, Result};
 use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
@@ -21,6 +21,8 @@ use std::sync::Arc;
 pub struct RunData {
     /// The captioned images.
     pub dataset: Arc<Dataset>,
+    /// The images that `data.filter` leaves out.
+    pub left_out: Vec<LeftOut>,
     /// Every image in every shape in which it is trained or held out.
     pub samples: Vec<Sample>,
     /// The batches of a run without stages, and the images that are held out.
@@ -35,7 +37,8 @@ impl RunData {
     /// Indexes the images and lays out the batches of all stages.
     pub fn open(config: &Config, quiet: bool) -> Result<Self> {
         let data = &config.data;
-        let dataset = Dataset::open(&data.path, data.default_caption.as_deref(), quiet)?;
+        let mut dataset = Dataset::open(&data.path, data.default_caption.as_deref(), quiet)?;
+        let left_out = dataset.leave_out(|_, item| filter::left_out(&data.filter, item))?;
         let items = dataset.items();
         let sizes: Vec<_> = items.iter().map(|i| i.size).collect();
         let placed = |resolution: &Resolutions| -> Result<Vec<Sample>> {
@@ -62,7 +65,7 @@ impl RunData {
         samples.dedup();
         let mut notices = dataset.notices().to_vec();
         notices.extend(place::notices(&sizes, &samples, |i| &items[i].path));
-        Ok(Self { dataset: Arc::new(dataset), samples, plan, plans, notices })
+        Ok(Self { dataset: Arc::new(dataset), left_out, samples, plan, plans, notices })
     }
 }
 
