@@ -74,6 +74,56 @@ fn a_caption_that_is_cut_is_named_with_its_image_from_the_cache_too() {
     }
 }
 
+/// White: the left half.
+fn half_masks(place: &Workplace, folder: &str, name: impl Fn(&str) -> String) {
+    for drawing in train_common::files(&place.path("images")) {
+        let stem = drawing.to_str().unwrap().strip_suffix(".png");
+        if let Some(stem) = stem.filter(|stem| !stem.ends_with(".mask")) {
+            let (width, height) = image::image_dimensions(place.path("images").join(&drawing)).unwrap();
+            let mask =
+                image::GrayImage::from_fn(width, height, |x, _| image::Luma([if x < width / 2 { 255 } else { 0 }]));
+            let path = place.path(folder).join(name(stem));
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            mask.save(path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn masks_beside_the_images_or_in_a_folder_weigh_the_loss() {
+    let args = ["--set", "training.max_steps=4", "--set", "evaluation.every=4", "--threads", "2"];
+    let run = |place: &Workplace, sets: &[&str]| {
+        let output = place.train_ok(&[&args[..], sets].concat());
+        let raw = std::fs::read(place.run("checkpoints/step-000004/adapter.safetensors")).unwrap();
+        (raw, losses(&place.metrics()), held_out_losses(&place.metrics()), stderr(&output))
+    };
+    let plain = run(&Workplace::new(), &[]);
+
+    // Masks that are not asked for are no images either.
+    let beside = || {
+        let place = Workplace::new();
+        half_masks(&place, "images", |stem| format!("{stem}.mask.png"));
+        place
+    };
+    let unused = run(&beside(), &[]);
+    assert!(plain.0 == unused.0 && plain.1 == unused.1);
+    assert_says(&unused.3, &["note: masks of 8 images are not used, as `data.masks` is `none`"]);
+
+    let masked = run(&beside(), &["--set", "data.masks=beside"]);
+    assert!(masked.0 != plain.0 && masked.1 != plain.1, "masks change nothing");
+    assert_eq!(masked.2[0], plain.2[0], "the held-out loss is that of whole images");
+    let place = Workplace::new();
+    half_masks(&place, "masks", |stem| format!("{stem}.png"));
+    assert!(run(&place, &["--set", "data.masks=masks"]).0 == masked.0, "the same masks elsewhere");
+    // White masks are none.
+    let place = beside();
+    for file in train_common::files(&place.path("images")).iter().filter(|f| f.to_str().unwrap().contains(".mask")) {
+        image::GrayImage::from_pixel(8, 8, image::Luma([255])).save(place.path("images").join(file)).unwrap();
+    }
+    let place_with_one_shape = run(&place, &["--set", "data.masks=beside"]);
+    assert!(place_with_one_shape.0 == plain.0, "white everywhere is no mask");
+}
+
 #[test]
 fn all_weights_are_trained_and_written_as_a_transformer_that_loads() {
     let place = Workplace::new();

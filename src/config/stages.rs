@@ -2,7 +2,7 @@
 
 use crate::config::field::{At, Field, Range, section};
 use crate::config::tree::{Content, Node};
-use crate::config::types::Resolutions;
+use crate::config::types::{Positive, Resolutions};
 use crate::error::{Error, Result};
 use serde_json::{Value as Json, json};
 use std::ops::Range as Steps;
@@ -24,8 +24,22 @@ section! {
         sigma: Option<SigmaRange> = None;
         /// In place of `data.resolution`.
         resolution: Option<Resolutions> = None;
+        /// Weights in the loss in place of those of `regions`.
+        regions: Multipliers = Multipliers::default();
         /// Which of the images are shown.
         filter: StageFilter = StageFilter::default();
+    }
+}
+
+section! {
+    /// Weights of a stage; null means as in `regions`.
+    pub struct Multipliers {
+        /// Weight of where a person is.
+        person: Option<Positive> = None;
+        /// Weight of arms and legs.
+        limbs: Option<Positive> = None;
+        /// Weight of hands.
+        hands: Option<Positive> = None;
     }
 }
 
@@ -134,12 +148,36 @@ impl Field for SigmaRange {
 
 /// The stages of a run, in order; none for a run in one piece.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Stages(Vec<Stage>);
+pub struct Stages {
+    list: Vec<Stage>,
+    /// Whether the file says `progressive`.
+    is_progressive: bool,
+}
+
+/// The word for [`Stages::progressive`].
+const PROGRESSIVE: &str = "progressive";
 
 impl Stages {
     /// These stages.
     pub fn new(stages: Vec<Stage>) -> Self {
-        Self(stages)
+        Self { list: stages, is_progressive: false }
+    }
+
+    /// From the whole to the parts: all of the image for 0.4 of the run, then limbs at three times the weight until 0.7,
+    /// then hands at six times and limbs at twice.
+    pub fn progressive() -> Self {
+        let stage = |name: &str, until, limbs, hands| Stage {
+            name: name.into(),
+            until,
+            regions: Multipliers { person: None, limbs: Positive::new(limbs), hands: Positive::new(hands) },
+            ..Stage::default()
+        };
+        let list = vec![
+            stage("global", Until::Fraction(0.4), 1.0, 1.0),
+            stage("limbs", Until::Fraction(0.7), 3.0, 3.0),
+            stage("hands", Until::End, 2.0, 6.0),
+        ];
+        Self { list, is_progressive: true }
     }
 
     /// Each stage with its steps, counted from 0, which together are those of a run of `max_steps`.
@@ -147,14 +185,14 @@ impl Stages {
     /// Errors: two stages of one name, a stage that ends before or where the one before it does, one that ends after
     /// the run, steps after the last stage.
     pub fn spans(&self, max_steps: usize) -> Result<Vec<(Steps<u64>, &Stage)>> {
-        let mut spans: Vec<(Steps<u64>, &Stage)> = Vec::with_capacity(self.0.len());
+        let mut spans: Vec<(Steps<u64>, &Stage)> = Vec::with_capacity(self.list.len());
         let mut start = 0;
-        for (i, stage) in self.0.iter().enumerate() {
+        for (i, stage) in self.list.iter().enumerate() {
             let name = &stage.name;
             if name.trim().is_empty() {
                 return Err(Error::usage(format!("`stages.{i}.name` is empty")).hint("call it by what it trains"));
             }
-            if self.0[..i].iter().any(|other| other.name == *name) {
+            if self.list[..i].iter().any(|other| other.name == *name) {
                 return Err(Error::usage(format!("two stages are called `{name}`"))
                     .hint("metrics and report tell stages apart by their names"));
             }
@@ -162,7 +200,7 @@ impl Stages {
             if end <= start {
                 let before = match i {
                     0 => "the run begins with it".to_string(),
-                    _ => format!("the stage before it, `{}`, ends after step {start}", self.0[i - 1].name),
+                    _ => format!("the stage before it, `{}`, ends after step {start}", self.list[i - 1].name),
                 };
                 return Err(Error::usage(format!("the stage `{name}` has no steps: it ends after step {end}"))
                     .detail(before)
@@ -175,7 +213,7 @@ impl Stages {
             spans.push((start as u64..end as u64, stage));
             start = end;
         }
-        match self.0.last() {
+        match self.list.last() {
             Some(last) if start < max_steps => {
                 Err(Error::usage(format!("no stage covers the steps after {start}, up to {max_steps}"))
                     .detail(format!("the last stage, `{}`, ends after step {start}", last.name))
@@ -188,19 +226,20 @@ impl Stages {
 
 impl Field for Stages {
     fn kind() -> String {
-        "a list of maps".into()
+        format!("`{PROGRESSIVE}` or a list of maps")
     }
     fn schema() -> Json {
-        json!({"type": "array", "items": Stage::schema()})
+        json!({"anyOf": [{"enum": [PROGRESSIVE]}, {"type": "array", "items": Stage::schema()}]})
     }
     fn read(node: &Node, at: &At) -> Result<Self> {
         match &node.content {
             Content::Null => Ok(Self::default()),
-            Content::List(_) => Vec::read(node, at).map(Self),
+            Content::Text(word) if word == PROGRESSIVE => Ok(Self::progressive()),
+            Content::List(_) => Vec::read(node, at).map(Self::new),
             _ => Err(at.unexpected(node, Self::kind())),
         }
     }
     fn write(&self) -> Node {
-        self.0.write()
+        if self.is_progressive { Node::text(PROGRESSIVE) } else { self.list.write() }
     }
 }

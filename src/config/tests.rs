@@ -178,6 +178,11 @@ fn stages_cover_the_run_without_gap_or_overlap() {
     let steps: Vec<_> = spans.iter().map(|(steps, stage)| (steps.clone(), stage.name.as_str())).collect();
     assert_eq!(steps, [(0..10, "a"), (10..45, "b"), (45..100, "c")]);
     assert_eq!(with_stages("[{name: a, until: 1.0}]").unwrap().stages.spans(100).unwrap()[0].0, 0..100);
+    let preset = with_stages("progressive").unwrap();
+    let steps: Vec<_> =
+        preset.stages.spans(100).unwrap().into_iter().map(|(steps, stage)| (steps, &stage.name)).collect();
+    assert_eq!(steps, [(0..40, &"global".into()), (40..70, &"limbs".into()), (70..100, &"hands".into())]);
+    assert!(preset.to_yaml().contains("stages: progressive\n"));
     assert_eq!(parse("model: m\ndata: {path: x}\nstages:\n").unwrap().stages, Stages::default());
     for (stages, says) in [
         ("[{name: a, until: 10}, {name: b, until: 90}]", "no stage covers the steps after 90, up to 100"),
@@ -238,7 +243,8 @@ fn unusual() -> Config {
         "lora={rank: 3, alpha: 0.1, rslora: true, init: kaiming, target_modules: ['re:^a\\.\"b', {name: '*', rank: 2}]}",
         "data={path: /d/图片, resolution: [512, 768], default_caption: 'yes', max_sequence_length: 99, \
          caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c, \
-         filter: {min_size: 7}}",
+         filter: {min_size: 7}, masks: ~/m}",
+        "regions={person: 0.5, limbs: 3, hands: 6, gamma: 1, floor: 0.1}",
         "flow={sampling: uniform, logit_mean: -0.5, logit_std: 2, shift: 2.2255, sigma_min: 0.01, sigma_max: 0.99, \
          weighting: bell}",
         "save={every: 1, keep: 0, dtype: f16}",
@@ -283,7 +289,7 @@ fn lookup_node<'a>(root: &'a Node, key: &str) -> &'a Node {
 #[test]
 fn the_embedded_config_holds_no_path_and_sorted_keys() {
     let json = unusual().embedded_json();
-    for path in ["/m/", "/t/", "/d/", "/runs", "~/c", "cuda", "cache_dir"] {
+    for path in ["/m/", "/t/", "/d/", "~/m", "/runs", "~/c", "cuda", "cache_dir"] {
         assert!(!json.contains(path), "{path} in {json}");
     }
     for kept in [r#""path":"qwen""#, r#""path":"图片""#, r#""transformer":"a b.safetensors""#, r#""max_steps":77"#] {

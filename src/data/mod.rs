@@ -7,6 +7,7 @@ pub mod files;
 pub mod filter;
 pub mod image;
 pub mod loader;
+pub mod mask;
 pub mod place;
 pub mod plan;
 pub mod resample;
@@ -14,7 +15,7 @@ pub mod select;
 
 pub use batch::{Batch, Example, collate};
 pub use bucket::{Bucket, Buckets};
-pub use dataset::{Dataset, Item};
+pub use dataset::{Dataset, Item, Mask};
 pub use filter::LeftOut;
 pub use image::Size;
 pub use loader::Loader;

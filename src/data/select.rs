@@ -54,6 +54,8 @@ mod tests {
             size: Size { height: 64, width: 64 },
             image_hash: blake3::hash(b""),
             caption: caption.into(),
+            mask_beside: None,
+            mask: None,
         };
         let strings = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
         let takes = |paths: &[&str], captions: &[&str], item: &Item| {

@@ -11,6 +11,7 @@ pub mod prepare;
 pub mod preview;
 pub mod progress;
 pub mod record;
+pub mod regions;
 pub mod run;
 pub mod run_dir;
 pub mod save;

@@ -19,6 +19,7 @@ use crate::train::outcome::{DryRun, Outcome, Report};
 use crate::train::preview::{self, Previews};
 use crate::train::progress::Progress;
 use crate::train::record::Record;
+use crate::train::regions::RegionWeights;
 use crate::train::run::Options;
 use crate::train::run_dir::RunDir;
 use crate::train::save::Saver;
@@ -112,7 +113,9 @@ impl Run {
             Start::Fresh | Start::Finished(_) => 0,
         };
 
-        let batches = Arc::new(Batches::new(config, samples, FlowMatchEuler::from_file(&pipeline.scheduler)?)?);
+        let scheduler = FlowMatchEuler::from_file(&pipeline.scheduler)?;
+        let regions = RegionWeights::new(config, data.boxes)?;
+        let batches = Arc::new(Batches::new(config, samples, regions, scheduler)?);
         let held_out = HeldOut::new(data.plan.held_out_batches(), config.evaluation.num_sigmas);
         let metrics = MetricsFile::open(&dir.metrics(), first_step)?;
         let saver = Saver::new(config, &dir, &pipeline, setup::provenance(config, &dataset_hash, &base_fingerprint));

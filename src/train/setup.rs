@@ -4,13 +4,14 @@ use crate::adapters::file::Provenance;
 use crate::adapters::{Init, LoraAdapter, LoraScaling, Target, TargetEntry, resolve_targets};
 use crate::cache::fingerprint;
 use crate::config::{Config, LoraInit, Resolutions, TrainingMode};
-use crate::data::{Buckets, Dataset, LeftOut, Plan, PlanSettings, Sample, Selection, filter, place};
+use crate::data::{Buckets, Dataset, LeftOut, Plan, PlanSettings, Sample, Selection, Size, filter, place};
 use crate::error::{Error, Result};
 use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::VaeConfig;
 use crate::train::checkpoint::Weights;
+use crate::train::regions::{self, Boxes};
 use crate::train::stages::{self, Timeline};
 use crate::train::start::Start;
 use crate::train::trainable::Trainable;
@@ -29,6 +30,8 @@ pub struct RunData {
     pub plan: Arc<Plan>,
     /// The plan of each batch of this run.
     pub plans: Timeline<Arc<Plan>>,
+    /// Size and boxes of each image; empty if no weight of the loss needs them.
+    pub boxes: Vec<(Size, Boxes)>,
     /// What the user may want to know.
     pub notices: Vec<String>,
 }
@@ -38,6 +41,7 @@ impl RunData {
     pub fn open(config: &Config, quiet: bool) -> Result<Self> {
         let data = &config.data;
         let mut dataset = Dataset::open(&data.path, data.default_caption.as_deref(), quiet)?;
+        dataset.use_masks(&data.masks)?;
         let left_out = dataset.leave_out(|_, item| filter::left_out(&data.filter, item))?;
         let items = dataset.items();
         let sizes: Vec<_> = items.iter().map(|i| i.size).collect();
@@ -65,7 +69,13 @@ impl RunData {
         samples.dedup();
         let mut notices = dataset.notices().to_vec();
         notices.extend(place::notices(&sizes, &samples, |i| &items[i].path));
-        Ok(Self { dataset: Arc::new(dataset), left_out, samples, plan, plans, notices })
+        if regions::wants_boxes(config)? {
+            return Err(Error::usage(
+                "weights of hands, limbs and persons need a pose network, which this version lacks",
+            )
+            .hint("leave `regions` and the `regions` of stages at 1; masks work without it"));
+        }
+        Ok(Self { dataset: Arc::new(dataset), left_out, samples, plan, plans, boxes: Vec::new(), notices })
     }
 }
 

@@ -119,6 +119,12 @@ impl Course {
             if stage.learning_rate != 1.0 {
                 facts.push(format!("learning rate x {}", stage.learning_rate));
             }
+            let regions = &stage.regions;
+            for (what, weight) in [("person", regions.person), ("limbs", regions.limbs), ("hands", regions.hands)] {
+                if let Some(weight) = weight.filter(|weight| weight.get() != 1.0) {
+                    facts.push(format!("{what} x {}", weight.get()));
+                }
+            }
             if let Some(sigma) = stage.sigma {
                 let (min, max) = sigma.get();
                 facts.push(format!("noise levels {min} to {max}"));
