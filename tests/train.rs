@@ -118,10 +118,18 @@ fn masks_beside_the_images_or_in_a_folder_weigh_the_loss() {
     // White masks are none.
     let place = beside();
     for file in train_common::files(&place.path("images")).iter().filter(|f| f.to_str().unwrap().contains(".mask")) {
-        image::GrayImage::from_pixel(8, 8, image::Luma([255])).save(place.path("images").join(file)).unwrap();
+        let path = place.path("images").join(file);
+        let (width, height) = image::image_dimensions(&path).unwrap();
+        // A smaller mask of the same shape will do.
+        image::GrayImage::from_pixel(width / 2, height / 2, image::Luma([255])).save(path).unwrap();
     }
-    let place_with_one_shape = run(&place, &["--set", "data.masks=beside"]);
-    assert!(place_with_one_shape.0 == plain.0, "white everywhere is no mask");
+    assert!(run(&place, &["--set", "data.masks=beside"]).0 == plain.0, "white everywhere is no mask");
+    let one = place.path("images/04-house.mask.png");
+    image::GrayImage::from_pixel(50, 80, image::Luma([255])).save(&one).unwrap();
+    let error = train_common::the_error(&place.train(&["--set", "data.masks=beside", "--set", "output=runs/b"]), 2);
+    assert_says(&error, &["04-house.mask.png` has another shape than its image", "expected 128x96", "found 50x80"]);
+    let none = train_common::the_error(&Workplace::new().train(&["--set", "data.masks=beside"]), 2);
+    assert_says(&none, &["no image has one", "01-red-circle.mask.png", "hint: "]);
 }
 
 #[test]
