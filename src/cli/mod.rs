@@ -11,6 +11,7 @@ pub mod eval;
 pub mod extract;
 pub mod generate;
 pub mod inspect;
+pub mod kernels;
 pub mod merge;
 pub mod prompt;
 pub mod route;
@@ -55,6 +56,7 @@ verbs! {
     eval: Eval(EvalArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
+    kernels: Kernels(KernelsArgs);
     merge: Merge(MergeArgs);
     convert: Convert(ConvertArgs);
     inspect: Inspect(InspectArgs);

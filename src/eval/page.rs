@@ -139,7 +139,7 @@ fn charts(out: &mut String, comparison: &Comparison, evaluation: &Evaluation, st
         if let Some(base) = value(comparison.baseline) {
             chart = chart.with("base", Style::Faint, vec![(0.0, base), (last, base)]);
         }
-        out.push_str(&chart.with("adapter", Style::Dots, points).svg(last));
+        out.push_str(&chart.with("adapter", Style::Dots, points).svg(last, &[]));
     }
     out.push_str("</section>\n");
 }
