@@ -21,3 +21,4 @@ pub mod rng;
 pub mod sample;
 pub mod train;
 pub mod verify;
+pub mod world;

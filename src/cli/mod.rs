@@ -16,6 +16,7 @@ pub mod route;
 pub mod synth;
 pub mod train;
 pub mod verify;
+pub mod world;
 
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
@@ -58,6 +59,7 @@ verbs! {
     inspect: Inspect(InspectArgs);
     extract: Extract(ExtractArgs);
     synth: Synth(SynthArgs);
+    world: World(WorldArgs);
     config: Config(ConfigArgs);
 }
 
