@@ -4,6 +4,8 @@
 
 mod grid;
 pub mod manifest;
+#[cfg(test)]
+mod twins;
 
 #[cfg(feature = "cuda")]
 #[path = "cubin/files.rs"]
