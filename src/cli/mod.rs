@@ -10,6 +10,7 @@ pub mod convert;
 pub mod extract;
 pub mod generate;
 pub mod inspect;
+pub mod kernels;
 pub mod merge;
 pub mod prompt;
 pub mod route;
@@ -53,6 +54,7 @@ verbs! {
     prompt: Prompt(PromptArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
+    kernels: Kernels(KernelsArgs);
     merge: Merge(MergeArgs);
     convert: Convert(ConvertArgs);
     inspect: Inspect(InspectArgs);

@@ -73,8 +73,7 @@ fn compute() -> Result<Tensors> {
 
     let angles = randn(13, &[3, 32], 2.0);
     let (cos, sin) = (angles.cos()?, angles.sin()?);
-    let table = |t: &Tensor| -> Result<std::sync::Arc<[f32]>> { Ok(t.flatten_all()?.to_vec1::<f32>()?.into()) };
-    let rope = Rope { cos: table(&cos)?, sin: table(&sin)?, half: 32 };
+    let rope = Rope::new(cos.flatten_all()?.to_vec1()?, sin.flatten_all()?.to_vec1()?, 32);
     let inputs = [("x", randn(14, &[2, 3, 128], 1.5)), ("weight", randn(15, &[64], 1.0))];
     op(&mut tensors, "norm_rope", &inputs, |v| Ok(vec![norm_rope(&v[0], &v[1], &rope, 1e-6)?]))?;
     tensors.extend([("norm_rope.cos".into(), cos), ("norm_rope.sin".into(), sin)]);
