@@ -82,3 +82,56 @@ fn a_full_disk_is_an_error() {
         .unwrap();
     assert_eq!(status.code(), Some(1));
 }
+
+#[test]
+fn pose_draws_what_it_sees_and_says_it_as_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    let output = qwen_lora(&["pose", "examples/photos/astronaut.jpg", "--json", "--out", out]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((json["network"].as_str(), json["counted"].as_str()), (Some("posenet"), Some("limb ends")));
+    let picture = &json["pictures"][0];
+    assert_eq!(picture["counts"]["persons"], 1);
+    let nose = &picture["persons"][0]["keypoints"]["nose"];
+    assert!(nose["score"].as_f64().unwrap() > 0.9 && nose["y"].as_f64().unwrap() < 200.0, "{nose}");
+    let drawn = image::open(folder.path().join("astronaut.pose.png")).unwrap().to_rgb8();
+    assert!(drawn.width() == 512 && drawn.height() > 512, "a line of text above the picture");
+
+    let wrong = qwen_lora(&["pose", "examples/photos/astronaut.jpg", "--network", "posnet", "--no-pictures"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("did you mean `posenet`?"), "{}", stderr(&wrong));
+}
+
+#[test]
+fn the_benchmark_times_the_parts_of_a_step_and_the_self_test_passes_on_the_cpu() {
+    let shape = "--layers 1 --heads 2 --head-dim 32 --axes 8,12,12 --joint-dim 32 --grid 4,4 --text 8 --rank 2";
+    let bench = |more: &str| {
+        let line = format!("bench {shape} --steps 2 --warmup 1 {more}");
+        qwen_lora(&line.split_whitespace().collect::<Vec<_>>())
+    };
+    for more in ["--device cpu", "--device cpu --dtype bf16 --checkpointing full --composed"] {
+        let output = bench(more);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let number = |key: &str| report[key].as_f64().unwrap_or_else(|| panic!("{key} in {report}"));
+        let phases = report["phase_s"].as_object().unwrap();
+        for phase in ["noising", "forward", "loss", "backward", "clipping", "optimizer"] {
+            assert!(phases[phase].as_f64().unwrap() >= 0.0, "{phase}");
+        }
+        let sum: f64 = phases.values().map(|s| s.as_f64().unwrap()).sum();
+        assert!(sum > 0.0 && sum <= 1.5 * number("step_s_max"), "{report}");
+        assert!(number("model_tflops") > 0.0 && number("model_share") <= number("gemm_share"), "{report}");
+        assert_eq!(report["device"], "cpu");
+    }
+    let output = qwen_lora(&["kernels", "--device", "cpu"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("all within their limits"));
+    assert!(stderr(&output).contains("composed ops are compared"), "{}", stderr(&output));
+    #[cfg(not(feature = "cuda"))]
+    {
+        let output = bench("--device cuda:0");
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains("--features cuda"), "{}", stderr(&output));
+    }
+}

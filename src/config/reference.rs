@@ -2,6 +2,7 @@
 
 use crate::config::field::{Field, FieldInfo};
 use crate::config::sections::Target;
+use crate::config::stages::Stage;
 use crate::config::{Config, DERIVED_DEFAULTS};
 use serde_json::json;
 use std::fmt::Write;
@@ -28,10 +29,19 @@ pub fn markdown() -> String {
     for section in &sections {
         let _ = write!(page, "\n## {}\n\n{}\n\n", section.name, text(section));
         table(&mut page, &format!("{}.", section.name), &section.fields);
+        for map in section.fields.iter().filter(|f| !f.fields.is_empty()) {
+            sub_table(&mut page, &format!("{}.{}", section.name, map.name), map);
+        }
         if section.name == "lora" {
             page.push_str("\nAn entry of `target_modules` as a map:\n\n");
             table(&mut page, "", &Target::fields());
         }
+    }
+    page.push_str(STAGES);
+    let stage = Stage::fields();
+    table(&mut page, "", &stage);
+    for map in stage.iter().filter(|f| !f.fields.is_empty()) {
+        sub_table(&mut page, &format!("stages.N.{}", map.name), map);
     }
     page
 }
@@ -50,12 +60,26 @@ editor, `qwen-lora config --schema > qwen-lora.schema.json`.
 
 ";
 
+const STAGES: &str = "
+## stages
+
+A list of maps, one for each part of the run; see [training.md](training.md).
+
+";
+
+/// A map inside a section.
+fn sub_table(page: &mut String, key: &str, map: &FieldInfo) {
+    let _ = write!(page, "\n`{key}`: {}\n\n", text(map));
+    table(page, &format!("{key}."), &map.fields);
+}
+
 fn table(page: &mut String, prefix: &str, fields: &[FieldInfo]) {
     page.push_str("| key | default | value | meaning |\n|---|---|---|---|\n");
     for field in fields {
         let key = format!("{prefix}{}", field.name);
         let default = match (DERIVED_DEFAULTS.iter().find(|(k, _)| *k == key), &field.default) {
             (Some((_, derived)), _) => format!("`{derived}`"),
+            (None, Some(_)) if !field.fields.is_empty() => "see below".into(),
             (None, Some(node)) => format!("`{}`", node.inline()),
             (None, None) => "required".into(),
         };
