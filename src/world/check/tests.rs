@@ -47,9 +47,12 @@ fn wrong(kind: Kind, style: Style, count: u64, wear: bool) -> Vec<String> {
 
 #[test]
 fn drawn_pictures_pass() {
-    for (kind, style, count) in
-        [(Kind::Objects, Style::Plain, 300), (Kind::Figures, Style::Plain, 150), (Kind::Objects, Style::Ink, 60), (Kind::Figures, Style::Hat, 60)]
-    {
+    for (kind, style, count) in [
+        (Kind::Objects, Style::Plain, 300),
+        (Kind::Figures, Style::Plain, 150),
+        (Kind::Objects, Style::Ink, 60),
+        (Kind::Figures, Style::Hat, 60),
+    ] {
         for wear in [false, true] {
             let wrong = wrong(kind, style, count, wear);
             assert!(wrong.len() as u64 * 100 <= count, "{kind:?} {style:?} {wear}\n{}", wrong.join("\n"));
