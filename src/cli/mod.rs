@@ -11,6 +11,7 @@ pub mod extract;
 pub mod generate;
 pub mod inspect;
 pub mod merge;
+pub mod pose;
 pub mod prompt;
 pub mod route;
 pub mod synth;
@@ -51,6 +52,7 @@ verbs! {
     generate: Generate(GenerateArgs);
     route: Route(RouteArgs);
     prompt: Prompt(PromptArgs);
+    pose: Pose(PoseArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
     merge: Merge(MergeArgs);
