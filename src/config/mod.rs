@@ -138,10 +138,8 @@ impl Config {
                 .detail(format!("`data.pose_loss_weight` is {}", self.data.pose_loss_weight))
                 .hint("train without it: `--set data.pose_loss_weight=0`"));
         }
-        if let DeviceChoice::Cuda(n) = self.device {
-            return Err(Error::usage(format!("this version cannot train on `device: cuda:{n}`"))
-                .detail("it has kernels for the CPU only")
-                .hint("use `device: cpu` or `device: auto`"));
+        if matches!(self.device, DeviceChoice::Cuda(_)) && cfg!(not(feature = "cuda")) {
+            return Err(crate::device::no_cuda(self.device));
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::kernels::cpu::{self, view};
 use crate::kernels::{Gradients, backward, no_grad};
 use crate::model::transformer::{Checkpointing, ImageShape, Inputs, QwenImageTransformer};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// A micro-batch whose noise has been drawn. All tensors are f32 on the CPU.
 pub struct NoisyBatch {
@@ -74,14 +74,28 @@ pub fn forward_backward(
     batch: &NoisyBatch,
     checkpointing: Checkpointing,
 ) -> Result<(Loss, Gradients)> {
-    let prediction = model.forward(batch.inputs(), checkpointing)?;
-    let (loss, seed) = flow_matching_loss(prediction.tensor(), batch)?;
-    Ok((loss, backward(vec![(prediction, seed)])?))
+    forward_backward_observed(model, batch, checkpointing, &mut |_| Ok(()))
 }
 
-/// The prediction, packed as `noisy`, without gradients.
+/// [`forward_backward`], calling `reached` after each of `forward`, `loss` and `backward`.
+pub fn forward_backward_observed(
+    model: &QwenImageTransformer,
+    batch: &NoisyBatch,
+    checkpointing: Checkpointing,
+    reached: &mut dyn FnMut(&'static str) -> Result<()>,
+) -> Result<(Loss, Gradients)> {
+    let prediction = model.forward(batch.inputs(), checkpointing)?;
+    reached("forward")?;
+    let (loss, seed) = flow_matching_loss(prediction.tensor(), batch)?;
+    reached("loss")?;
+    let gradients = backward(vec![(prediction, seed)])?;
+    reached("backward")?;
+    Ok((loss, gradients))
+}
+
+/// The prediction, packed as `noisy`, on the CPU, without gradients.
 pub fn predict(model: &QwenImageTransformer, batch: &NoisyBatch) -> Result<Tensor> {
-    Ok(no_grad(|| model.forward(batch.inputs(), Checkpointing::None))?.into_tensor())
+    Ok(no_grad(|| model.forward(batch.inputs(), Checkpointing::None))?.tensor().to_device(&Device::Cpu)?)
 }
 
 /// The loss alone.
@@ -89,9 +103,11 @@ pub fn evaluate(model: &QwenImageTransformer, batch: &NoisyBatch) -> Result<Loss
     Ok(flow_matching_loss(&predict(model, batch)?, batch)?.0)
 }
 
-/// Weighted mean squared error against the target, summed in f64, and its gradient in the dtype of the prediction.
+/// Weighted mean squared error against the target, summed in f64, and its gradient in the dtype and on the device of the
+/// prediction. Both are computed on the CPU: a prediction is small, and its loss is read there in any case.
 fn flow_matching_loss(prediction: &Tensor, batch: &NoisyBatch) -> Result<(Loss, Tensor)> {
-    let (p, t) = (view(prediction)?, view(&batch.target)?);
+    let on_host = prediction.to_device(&Device::Cpu)?;
+    let (p, t) = (view(&on_host)?, view(&batch.target)?);
     let samples = batch.weights.len();
     let n = p.len() / samples;
     let pixel_weights = batch.pixel_weights.as_ref().map(view).transpose()?;
@@ -125,7 +141,7 @@ fn flow_matching_loss(prediction: &Tensor, batch: &NoisyBatch) -> Result<(Loss, 
     }
     let mean = per_sample.iter().zip(&batch.weights).map(|(l, w)| l * w).sum::<f64>() / samples as f64;
     drop((p, t, pixel_weights));
-    let seed = cpu::from_f32(seed, prediction.shape(), prediction.dtype())?;
+    let seed = cpu::from_f32(seed, prediction.shape(), prediction.dtype())?.to_device(prediction.device())?;
     Ok((Loss { mean, per_sample }, seed))
 }
 
@@ -134,7 +150,6 @@ mod tests {
     use super::*;
     use crate::model::vae::pack;
     use crate::rng::{Purpose, Stream};
-    use candle_core::Device;
 
     const SHAPE: (usize, usize, usize, usize) = (3, 16, 4, 6);
 

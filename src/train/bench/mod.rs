@@ -1,24 +1,31 @@
 //! Timing training steps as the peers' benchmark defines them (`scripts/reference/bench_torch.py`): noising, forward,
 //! loss, backward, clipping to norm 1, AdamW, on cached latents and text.
+//!
+//! On a GPU the noise is drawn before the clock starts, as a run's loader draws it beside the step before.
+
+mod process;
+mod rate;
 
 use crate::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
 use crate::config::Checkpointing;
 use crate::error::{Error, Result};
-use crate::kernels::matmul::{Into, Mat, MatMut, gemm};
-use crate::model::transformer::{QwenImageTransformer, TransformerConfig};
+use crate::model::transformer::QwenImageTransformer;
 use crate::optim::{AdamW, AdamWOptions, clip_grad_norm};
 use crate::rng::{Purpose, Stream};
-use crate::train::step::{NoisyBatch, forward_backward};
+use crate::train::step::{NoisyBatch, forward_backward_observed};
 use crate::train::trainable::Trainable;
 use candle_core::{DType, Device, Tensor};
+use process::{peak_rss_mib, since_process_start};
+use rate::{StepFlops, matmul_peak};
 use serde::Serialize;
-use std::time::{Duration, Instant};
+use std::collections::BTreeMap;
+use std::time::Instant;
 
 /// What is timed.
 pub struct Shape {
     /// Rows and columns of the image in latent patches.
     pub grid: (usize, usize),
-    /// Text tokens; the last sample has three quarters of them.
+    /// Text tokens; the last sample of several has three quarters of them.
     pub text_tokens: usize,
     /// Samples in a step.
     pub batch: usize,
@@ -40,6 +47,7 @@ pub struct Shape {
 #[derive(Clone, Debug, Serialize)]
 pub struct BenchReport {
     engine: &'static str,
+    device: String,
     dtype: &'static str,
     checkpointing: &'static str,
     threads: usize,
@@ -56,13 +64,50 @@ pub struct BenchReport {
     tokens_per_s: f64,
     start_to_first_step_s: f64,
     peak_rss_mb: f64,
+    /// The most that tensors held on the GPU at once, in MiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_device_mb: Option<f64>,
+    /// Median seconds of each part of a step.
+    phase_s: BTreeMap<&'static str, f64>,
+    /// 10^12 operations a second that training takes, recompute not counted, and their share of the measured peak.
+    model_tflops: f64,
+    model_share: f64,
     gemm_gflops_peak: f64,
+    /// Share of the measured peak with what is computed twice.
     gemm_share: f64,
     loss_first: f64,
     loss_last: f64,
 }
 
-/// Runs warm-up and timed steps; `done` is called with each step's number and time.
+/// Times the parts of steps, each up to the moment when the device is done with it.
+struct Clock<'a> {
+    device: &'a Device,
+    last: Instant,
+    parts: BTreeMap<&'static str, Vec<f64>>,
+}
+
+impl Clock<'_> {
+    fn reached(&mut self, part: &'static str) -> Result<()> {
+        self.device.synchronize()?;
+        let now = Instant::now();
+        self.parts.entry(part).or_default().push((now - self.last).as_secs_f64());
+        self.last = now;
+        Ok(())
+    }
+
+    /// Median times, without the first `warmup` steps.
+    fn medians(&self, warmup: usize) -> BTreeMap<&'static str, f64> {
+        self.parts.iter().map(|(part, times)| (*part, median(&times[warmup..]))).collect()
+    }
+}
+
+fn median(times: &[f64]) -> f64 {
+    let mut sorted = times.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
+}
+
+/// Runs warm-up and timed steps on the model's device; `done` is called with each step's number and time.
 ///
 /// Errors: targets that match nothing, a loss that is not finite.
 pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMut(usize, f64)) -> Result<BenchReport> {
@@ -85,23 +130,35 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
     let latents = normal(0, 0, &[shape.batch, tokens, config.in_channels])?;
     let text = normal(0, 1, &[shape.batch, shape.text_tokens, config.joint_attention_dim])?;
     let mut text_lengths = vec![shape.text_tokens; shape.batch];
-    text_lengths[shape.batch - 1] = (shape.text_tokens * 3 / 4).max(1);
+    if shape.batch > 1 {
+        text_lengths[shape.batch - 1] = (shape.text_tokens * 3 / 4).max(1);
+    }
 
     let start_to_first_step_s = since_process_start().as_secs_f64();
+    let device = model.device().clone();
+    let gpu = GpuMemory::watch(&device)?;
     let (mut times, mut losses) = (Vec::new(), Vec::new());
+    let mut clock = Clock { device: &device, last: Instant::now(), parts: BTreeMap::new() };
     for step in 0..shape.warmup + shape.steps {
+        let draw = || normal(step as u64 + 1, 0, latents.dims());
+        let drawn = (!device.is_cpu()).then(draw).transpose()?;
         let started = Instant::now();
+        clock.last = started;
         let mut stream = Stream::new(shape.seed, step as u64, 0, Purpose::Sigma);
         let sigmas = (0..shape.batch).map(|_| (0.02 + 0.96 * stream.uniform()) as f32).collect();
-        let noise = normal(step as u64 + 1, 0, latents.dims())?;
+        let noise = drawn.map_or_else(draw, Ok)?;
         let weights = vec![1.0; shape.batch];
         let shapes = vec![(1, shape.grid.0, shape.grid.1)];
         let batch = NoisyBatch::mix(&latents, &noise, text.clone(), text_lengths.clone(), sigmas, weights, shapes)?;
-        let (loss, mut gradients) = forward_backward(&model, &batch, shape.checkpointing)?;
+        clock.reached("noising")?;
+        let (loss, mut gradients) =
+            forward_backward_observed(&model, &batch, shape.checkpointing, &mut |part| clock.reached(part))?;
         let mut gradients = trainable.take_gradients(&mut gradients);
         let norm = clip_grad_norm(&mut gradients, 1.0)?;
+        clock.reached("clipping")?;
         optimizer.step(&params, &gradients, 1e-4)?;
         drop(gradients);
+        clock.reached("optimizer")?;
         if !(loss.mean.is_finite() && norm.is_finite()) {
             return Err(Error::run(format!("the loss is {} at step {step}, the gradient norm {norm}", loss.mean)));
         }
@@ -110,15 +167,15 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
         times.push(seconds);
         losses.push(loss.mean);
     }
-    let peak_rss_mb = peak_rss_mib();
-    let mut timed = times[shape.warmup..].to_vec();
-    timed.sort_by(f64::total_cmp);
-    let median = (timed[(timed.len() - 1) / 2] + timed[timed.len() / 2]) / 2.0;
-    let peak = gemm_gflops_peak();
-    let flops = step_gemm_flops(&config, shape, targets.iter().map(|t| t.in_features + t.out_features).sum());
+    let (peak_rss_mb, peak_device_mb) = (peak_rss_mib(), gpu.peak_mib()?);
+    let timed = &times[shape.warmup..];
+    let step_s = median(timed);
+    let peak = matmul_peak(&device, model.precision().compute)?;
+    let flops = StepFlops::new(&config, shape, targets.iter().map(|t| t.in_features + t.out_features).sum());
     let base_params: usize = config.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
     Ok(BenchReport {
         engine: "qwen-lora",
+        device: gpu.name,
         dtype: if model.precision().compute == DType::BF16 { "bf16" } else { "f32" },
         checkpointing: match shape.checkpointing {
             Checkpointing::None => "none",
@@ -133,79 +190,52 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
         trainable_params: trainable.num_params(),
         total_params: base_params + trainable.num_params(),
         steps: shape.steps,
-        step_s_median: median,
-        step_s_min: timed[0],
-        step_s_max: timed[timed.len() - 1],
-        tokens_per_s: (shape.batch * (tokens + shape.text_tokens)) as f64 / median,
+        step_s_median: step_s,
+        step_s_min: timed.iter().copied().fold(f64::MAX, f64::min),
+        step_s_max: timed.iter().copied().fold(0.0, f64::max),
+        tokens_per_s: (shape.batch * (tokens + shape.text_tokens)) as f64 / step_s,
         start_to_first_step_s,
         peak_rss_mb,
-        gemm_gflops_peak: peak,
-        gemm_share: flops / 1e9 / peak / median,
+        peak_device_mb,
+        phase_s: clock.medians(shape.warmup),
+        model_tflops: flops.model / step_s / 1e12,
+        model_share: flops.model / step_s / peak,
+        gemm_gflops_peak: peak / 1e9,
+        gemm_share: flops.computed / step_s / peak,
         loss_first: losses[0],
         loss_last: losses[losses.len() - 1],
     })
 }
 
-/// Floating-point operations of a step's matrix products: blocks forward and backward with respect to activations,
-/// attention with its recomputed scores, the adapter's three products, and what checkpointing computes twice.
-fn step_gemm_flops(config: &TransformerConfig, shape: &Shape, adapter_widths: usize) -> f64 {
-    let d = config.dim() as f64;
-    let (image, text) = ((shape.grid.0 * shape.grid.1) as f64, shape.text_tokens as f64);
-    let (batch, layers) = (shape.batch as f64, config.num_layers as f64);
-    let mlp = 2.0 * 8.0 * d * d * (image + text) * batch;
-    let attention_linears = 2.0 * 4.0 * d * d * (image + text) * batch;
-    let attention = 4.0 * (image + text) * (image + text) * d * batch;
-    let (again_mlp, again_attention) = match shape.checkpointing {
-        Checkpointing::None => (0.0, 0.0),
-        Checkpointing::Selective => (1.0, 0.0),
-        Checkpointing::Full => (1.0, 1.0),
-    };
-    // Both streams' tokens go through modules of about equal widths.
-    let adapter = 2.0 * shape.rank as f64 * adapter_widths as f64 * batch * (image + text) / 2.0;
-    layers
-        * (mlp * (2.0 + again_mlp)
-            + attention_linears * (2.0 + again_attention)
-            + attention * (1.0 + 2.5 + again_attention))
-        + adapter * 3.0
+/// The name and the peak memory of the device, where it is a GPU.
+struct GpuMemory {
+    name: String,
+    #[cfg(feature = "cuda")]
+    gpu: Option<crate::kernels::cuda::Gpu>,
 }
 
-/// The best rate of a 1024-cubed f32 product in this process, in 10^9 operations a second.
-fn gemm_gflops_peak() -> f64 {
-    let n = 1024;
-    let (x, w) = (vec![0.5f32; n * n], vec![0.25f32; n * n]);
-    let mut y = vec![0f32; n * n];
-    let run = |y: &mut [f32]| {
-        let started = Instant::now();
-        gemm(MatMut::new(y, n, n), Into::Overwrite, Mat::new(&x, n, n), Mat::new(&w, n, n), 1.0);
-        started.elapsed().as_secs_f64()
-    };
-    let best = (0..12).map(|_| run(&mut y)).fold(f64::MAX, f64::min);
-    2.0 * (n * n * n) as f64 / best / 1e9
-}
-
-/// Time since the process began, from /proc where there is one (10 ms steps), else since this is first asked.
-fn since_process_start() -> Duration {
-    fn from_proc() -> Option<f64> {
-        let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-        // SAFETY: sysconf has no preconditions.
-        let hertz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64;
-        let start: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
-        let uptime: f64 = std::fs::read_to_string("/proc/uptime").ok()?.split_whitespace().next()?.parse().ok()?;
-        Some((uptime - start / hertz).max(0.0))
+impl GpuMemory {
+    /// Starts measuring.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
+    fn watch(device: &Device) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            let gpu = crate::kernels::cuda::Gpu::of(device)?;
+            gpu.reset_peak()?;
+            return Ok(Self { name: gpu.describe()?, gpu: Some(gpu) });
+        }
+        Ok(Self {
+            name: "cpu".into(),
+            #[cfg(feature = "cuda")]
+            gpu: None,
+        })
     }
-    static FIRST: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-    let first = FIRST.get_or_init(Instant::now);
-    from_proc().map_or_else(|| first.elapsed(), Duration::from_secs_f64)
-}
 
-/// The process's peak resident memory in MiB.
-fn peak_rss_mib() -> f64 {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the pointer is to a whole rusage, which the call fills; zeroed is a valid value of it otherwise.
-    let usage = unsafe {
-        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
-        usage.assume_init()
-    };
-    let unit = if cfg!(target_os = "macos") { 1.0 } else { 1024.0 };
-    usage.ru_maxrss as f64 * unit / (1 << 20) as f64
+    fn peak_mib(&self) -> Result<Option<f64>> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            return Ok(Some(gpu.peak_bytes()? as f64 / (1 << 20) as f64));
+        }
+        Ok(None)
+    }
 }
