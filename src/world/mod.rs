@@ -1,6 +1,6 @@
 //! A small drawn world: pictures of plain objects and stick figures with captions in English and Chinese, drawn by code
-//! from a seed. `synthetic:world` is trained on it, and because every picture is a function of a few attributes, what a
-//! network makes of a prompt can be checked without another network.
+//! from a seed. Because every picture is a function of a few attributes, what a network makes of a prompt can be checked
+//! without another network.
 //!
 //! A [`Scene`] says what a picture shows, a [`Caption`] says it in words, a [`Drawing`] places it, and
 //! [`Drawing::render`] gives pixels.

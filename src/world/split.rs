@@ -1,5 +1,6 @@
 //! Which scenes are kept from training, and which scene the n-th picture of a seed shows.
 
+use crate::error::{Error, Result};
 use crate::rng::{Purpose, Stream};
 use crate::world::{Caption, Scene};
 use clap::ValueEnum;
@@ -84,20 +85,23 @@ impl Pool {
     }
 
     /// `count` different prompts (scene and wording), in an order that depends on `seed`: every scene once before any
-    /// comes in a second wording. Fewer if there are not so many.
-    pub fn prompts(&self, seed: u64, count: usize) -> Vec<(Scene, Caption)> {
+    /// comes in a second wording.
+    ///
+    /// Errors (usage): there are not so many.
+    pub fn prompts(&self, seed: u64, count: usize) -> Result<Vec<(Scene, Caption)>> {
         let scenes = self.scenes();
-        let order = Stream::new(seed, 1, 0, Purpose::World).permutation(scenes.len());
-        let mut prompts = Vec::new();
-        for round in 0..Caption::ALL.len() {
-            for (position, &i) in order.iter().enumerate() {
-                // Neighbours come in different wordings and languages.
-                let caption = Caption::ALL[(round + position) % Caption::ALL.len()];
-                prompts.push((scenes[i], caption));
-            }
+        let all = scenes.len() * Caption::ALL.len();
+        if count > all {
+            return Err(Error::usage(format!("there are no {count} different prompts"))
+                .expected(format!("at most {all}"), count));
         }
-        prompts.truncate(count);
-        prompts
+        let order = Stream::new(seed, 1, 0, Purpose::World).permutation(scenes.len());
+        let prompt = |i: usize| {
+            let (round, position) = (i / scenes.len(), i % scenes.len());
+            // Neighbours come in different wordings and languages.
+            (scenes[order[position]], Caption::ALL[(round + position) % Caption::ALL.len()])
+        };
+        Ok((0..count).map(prompt).collect())
     }
 }
 
@@ -140,12 +144,12 @@ mod tests {
 
     #[test]
     fn there_are_500_different_held_out_prompts() {
-        let prompts = Pool::new(Split::HeldOut, Kind::All).prompts(0, 500);
+        let prompts = Pool::new(Split::HeldOut, Kind::All).prompts(0, 500).unwrap();
         let texts: BTreeSet<_> = prompts.iter().map(|(scene, caption)| caption.text(*scene)).collect();
         assert_eq!(texts.len(), 500);
         let figures = prompts.iter().filter(|(s, _)| s.is_figures()).count();
         assert!(figures > 50, "{figures}");
-        assert_eq!(prompts, Pool::new(Split::HeldOut, Kind::All).prompts(0, 500));
-        assert_ne!(prompts, Pool::new(Split::HeldOut, Kind::All).prompts(1, 500));
+        assert_eq!(prompts, Pool::new(Split::HeldOut, Kind::All).prompts(0, 500).unwrap());
+        assert_ne!(prompts, Pool::new(Split::HeldOut, Kind::All).prompts(1, 500).unwrap());
     }
 }

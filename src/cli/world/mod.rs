@@ -1,15 +1,20 @@
-//! `qwen-lora world`: the drawn world that `synthetic:world` is trained on.
+//! `qwen-lora world`: a drawn world to train on, and checks of what a model makes of it.
+
+mod score;
 
 use crate::cli::{print_line, use_threads};
+use crate::data::image as photo;
 use crate::error::{Error, Result};
-use crate::world::folder::{Series, with_trigger};
+use crate::world::check::check;
+use crate::world::check::report::Report;
+use crate::world::folder::{Series, read_index, with_trigger};
 use crate::world::split::Pool;
-use crate::world::{Kind, Split, Style};
+use crate::world::{Kind, SIDE, Split, Style};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Draw the small world that `synthetic:world` knows.
+/// A small drawn world: pictures to train on, held-out prompts, and checks without a network.
 ///
 /// Coloured objects and stick figures on a light ground, 128x128 pixels, with captions in English and Chinese. Every
 /// picture is a function of the seed and its number.
@@ -23,6 +28,8 @@ pub struct WorldArgs {
 enum WorldVerb {
     Draw(DrawArgs),
     Prompts(PromptsArgs),
+    Check(CheckArgs),
+    Score(score::ScoreArgs),
 }
 
 /// Draw pictures with captions, and an index of what is exactly where.
@@ -77,11 +84,30 @@ struct PromptsArgs {
     trigger: Option<String>,
 }
 
+/// Check pictures against what their index says that they show: without any network, by colours and outlines.
+///
+/// Objects: number, colour, shape, position. Figures: number, colour, pose, position, and whether each has two hands on
+/// two arms and two feet on two legs of plausible length, with nothing loose and nothing too many.
+#[derive(Args, Clone, Debug)]
+struct CheckArgs {
+    /// A folder with `index.jsonl`, from `world draw` or `world score --out`
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Also name each picture that is not as it should be, and what was found in it
+    #[arg(long)]
+    list: bool,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
 /// Runs the verb.
 pub fn run(args: &WorldArgs) -> Result<()> {
     match &args.verb {
         WorldVerb::Draw(args) => draw(args),
         WorldVerb::Prompts(args) => prompts(args),
+        WorldVerb::Check(args) => check_folder(args),
+        WorldVerb::Score(args) => score::run(args),
     }
 }
 
@@ -95,14 +121,35 @@ fn draw(args: &DrawArgs) -> Result<()> {
 }
 
 fn prompts(args: &PromptsArgs) -> Result<()> {
-    let prompts = Pool::new(args.which.split, args.which.kind).prompts(args.seed, args.count);
-    if prompts.len() < args.count {
-        return Err(Error::usage(format!("there are no {} different prompts", args.count))
-            .expected(format!("at most {}", prompts.len()), args.count));
-    }
-    for (scene, caption) in prompts {
+    for (scene, caption) in Pool::new(args.which.split, args.which.kind).prompts(args.seed, args.count)? {
         let prompt = with_trigger(args.trigger.as_deref(), &caption.text(scene));
         print_line(json!({"prompt": prompt, "language": caption.language, "scene": scene}))?;
     }
     Ok(())
+}
+
+fn check_folder(args: &CheckArgs) -> Result<()> {
+    let mut report = Report::default();
+    for entry in read_index(&args.folder)? {
+        let path = args.folder.join(&entry.file);
+        let image = photo::load(&path)?;
+        if image.dimensions() != (SIDE as u32, SIDE as u32) {
+            return Err(Error::usage(format!("`{}` is no picture of the world", path.display()))
+                .expected(format!("{SIDE}x{SIDE} pixels"), format!("{}x{}", image.width(), image.height())));
+        }
+        let verdict = check(&image, entry.scene);
+        let whole = verdict.found.anatomy.as_ref().is_none_or(|a| a.flaws.is_empty());
+        if args.list && !args.json && !(verdict.all() && whole) {
+            print_line(format_args!("{}: {}: {}", entry.file, entry.caption, json!(verdict.found)))?;
+        }
+        report.add(&image, entry.scene, &verdict);
+    }
+    print_report(&report, args.json)
+}
+
+fn print_report(report: &Report, as_json: bool) -> Result<()> {
+    if as_json {
+        return print_line(report.to_json());
+    }
+    report.lines().iter().try_for_each(print_line)
 }
