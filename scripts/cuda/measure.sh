@@ -59,7 +59,7 @@ part() {
 { date -u +%Y-%m-%d; nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader; } \
   2>&1 | tee "$output/machine.txt"
 "$binary" --version | tee -a "$output/machine.txt"
-part kernels 120 "$binary" kernels --device "$device" || sed -n '/FAILED/p' "$output/kernels.json"
+part kernels 180 "$binary" kernels --device "$device" || sed -n '/FAILED/p' "$output/kernels.json"
 
 cases=tests/fixtures/reference
 for name in case_a case_b; do
