@@ -12,6 +12,7 @@ pub mod generate;
 pub mod inspect;
 pub mod kernels;
 pub mod merge;
+pub mod pose;
 pub mod prompt;
 pub mod route;
 pub mod synth;
@@ -52,6 +53,7 @@ verbs! {
     generate: Generate(GenerateArgs);
     route: Route(RouteArgs);
     prompt: Prompt(PromptArgs);
+    pose: Pose(PoseArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
     kernels: Kernels(KernelsArgs);
