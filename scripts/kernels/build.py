@@ -78,7 +78,11 @@ def compile_one(kernel, constants, arch):
         "num_stages": tile.num_stages,
         "enable_fp_fusion": kernel.fused_multiply_add,
     }
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), tile
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    # `mul.f32` without `.rn` is one that the assembler may still fuse.
+    fused = re.search(r"\bfma\.|\b(mul|add|sub)\.f32", compiled.asm["ptx"])
+    assert kernel.fused_multiply_add or not fused, f"{kernel.entry} for sm_{arch} has {fused[0]}"
+    return compiled, tile
 
 
 def tool(name, content, *arguments):
