@@ -1,6 +1,6 @@
 //! Train LoRA adapters for Qwen-Image: the library behind the `qwen-lora` binary.
 //!
-//! Dependencies point down only: `cli` -> `train`, `cache`, `sample` -> `data`, `model`, `optim` ->
+//! Dependencies point down only: `cli` -> `train`, `cache`, `sample` -> `data`, `model`, `optim`, `pose` ->
 //! `adapters`, `flow`, `prompt` -> `kernels`, `io`, `config`, `rng`, `error`.
 
 pub mod adapters;
@@ -16,6 +16,7 @@ pub mod io;
 pub mod kernels;
 pub mod model;
 pub mod optim;
+pub mod pose;
 pub mod progress;
 pub mod prompt;
 pub mod report;
@@ -23,3 +24,4 @@ pub mod rng;
 pub mod sample;
 pub mod train;
 pub mod verify;
+pub mod world;

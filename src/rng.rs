@@ -37,6 +37,8 @@ pub enum Purpose {
     Prompts = 13,
     /// Order and sides of the pairs on a rating page.
     Rating = 18,
+    /// Scenes, words and places of the drawn world.
+    World = 20,
 }
 
 /// A stream of random numbers for one (seed, step, item, purpose).

@@ -84,6 +84,26 @@ fn a_full_disk_is_an_error() {
 }
 
 #[test]
+fn pose_draws_what_it_sees_and_says_it_as_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    let output = qwen_lora(&["pose", "examples/photos/astronaut.jpg", "--json", "--out", out]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((json["network"].as_str(), json["counted"].as_str()), (Some("posenet"), Some("limb ends")));
+    let picture = &json["pictures"][0];
+    assert_eq!(picture["counts"]["persons"], 1);
+    let nose = &picture["persons"][0]["keypoints"]["nose"];
+    assert!(nose["score"].as_f64().unwrap() > 0.9 && nose["y"].as_f64().unwrap() < 200.0, "{nose}");
+    let drawn = image::open(folder.path().join("astronaut.pose.png")).unwrap().to_rgb8();
+    assert!(drawn.width() == 512 && drawn.height() > 512, "a line of text above the picture");
+
+    let wrong = qwen_lora(&["pose", "examples/photos/astronaut.jpg", "--network", "posnet", "--no-pictures"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("did you mean `posenet`?"), "{}", stderr(&wrong));
+}
+
+#[test]
 fn the_benchmark_times_the_parts_of_a_step_and_the_self_test_passes_on_the_cpu() {
     let shape = "--layers 1 --heads 2 --head-dim 32 --axes 8,12,12 --joint-dim 32 --grid 4,4 --text 8 --rank 2";
     let bench = |more: &str| {

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compiles every kernel to `src/kernels/cuda/cubin/` and writes the manifest that the program launches them by.
+"""Compiles every kernel to `src/kernels/cuda/cubin/`, writes the manifest that the program launches them by, and the
+table in `docs/kernels.md`.
 
     build.py                 all
     build.py --check         compiles again and compares with what is there, byte for byte
@@ -22,8 +23,11 @@ os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # no source lines in the cubins, a
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parents[1] / "src/kernels/cuda/cubin"
+DOCUMENT = HERE.parents[1] / "docs/kernels.md"
 TRITON_VERSION = "3.6.0"
 PTX_ARCH = 80
+# Cards that load the PTX, and the assembler that knows them: what their drivers will do with it is tried here.
+PTX_CARDS = {86: "ptxas", 100: "ptxas-blackwell", 120: "ptxas-blackwell"}
 
 # One module per idea; each has a list KERNELS.
 MODULES = [
@@ -74,20 +78,39 @@ def compile_one(kernel, constants, arch):
         "num_stages": tile.num_stages,
         "enable_fp_fusion": kernel.fused_multiply_add,
     }
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), tile
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    # `mul.f32` without `.rn` is one that the assembler may still fuse.
+    fused = re.search(r"\bfma\.|\b(mul|add|sub)\.f32", compiled.asm["ptx"])
+    assert kernel.fused_multiply_add or not fused, f"{kernel.entry} for sm_{arch} has {fused[0]}"
+    return compiled, tile
+
+
+def tool(name, content, *arguments):
+    """What one of the compiler's own tools says about a file of that content."""
+    import triton
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, *arguments, file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 def resources(cubin):
-    """(registers of a thread, bytes of a thread that spilled to memory), by cuobjdump."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    """(registers of a thread, bytes of a thread that spilled to memory)"""
+    text = tool("cuobjdump", cubin, "-res-usage")
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
     return int(registers), int(stack) + int(local)
+
+
+def try_portable(name, ptx):
+    """Assembles PTX for cards that get no cubin; it must fit their registers."""
+    for arch, assembler in PTX_CARDS.items():
+        text = tool(assembler, ptx, "-v", f"-arch=sm_{arch}", "-o", os.devnull)
+        stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()
+        assert stores == loads == "0", f"{name} from PTX for sm_{arch} spills {stores} bytes of registers"
 
 
 def portable_ptx(text):
@@ -110,7 +133,9 @@ def build_variant(module, kernel, suffix, constants):
         assert not spilled, f"{name} for sm_{arch} spills {spilled} bytes of registers"
         binaries = [("cubin", f"{name}.sm{arch}.cubin", compiled.asm["cubin"])]
         if arch == PTX_ARCH:
-            binaries.append(("ptx", f"{name}.ptx", portable_ptx(compiled.asm["ptx"]).encode()))
+            ptx = portable_ptx(compiled.asm["ptx"]).encode()
+            try_portable(name, ptx)
+            binaries.append(("ptx", f"{name}.ptx", ptx))
         for kind, file, content in binaries:
             files[file] = content
             targets.append(
@@ -154,6 +179,30 @@ def rust_table(files):
     return "\n".join(lines + ["];", ""])
 
 
+def document(entries, files):
+    """`docs/kernels.md` with its table of what the compiler made."""
+    lines = ["| kernel | tiles | warps | registers 8.0 / 8.9 / 9.0 | shared KB 8.0 / 8.9 / 9.0 | KB in all |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for entry in entries:
+        cubins = [target for target in entry["targets"] if target["kind"] == "cubin"]
+        tiles = [
+            " x ".join(str(value) for name, value in target["constants"].items() if name.startswith(("BLOCK", "CHUNK")))
+            for target in cubins
+        ]
+        cells = [
+            f"`{entry['name']}`",
+            tiles[0] if len(set(tiles)) == 1 else " / ".join(tiles),
+            " / ".join(sorted({str(target["num_warps"]) for target in cubins})),
+            " / ".join(str(target["registers"]) for target in cubins),
+            " / ".join(f"{target['shared_bytes'] / 1024:.3g}" for target in cubins),
+            f"{sum(len(files[target['file']]) for target in entry['targets']) / 1000:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    begin, end = "<!-- kernels: written by scripts/kernels/build.py -->\n", "<!-- kernels: end -->"
+    before, rest = DOCUMENT.read_text().split(begin)
+    return before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
+
+
 def build(only):
     import importlib
 
@@ -176,7 +225,7 @@ def build(only):
     manifest = {"format": 1, "triton": TRITON_VERSION, "kernels": entries}
     files["manifest.json"] = (json.dumps(manifest, indent=1) + "\n").encode()
     files["files.rs"] = rust_table([f for f in files if f != "manifest.json"]).encode()
-    return files
+    return files, document(entries, files)
 
 
 def main():
@@ -190,7 +239,7 @@ def main():
     # A fresh cache: what is compiled is what is there now.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        files = build(args.only)
+        files, text = build(args.only)
     total = sum(len(content) for content in files.values())
     print(f"{len(files)} files, {total / 1e6:.2f} MB")
     if args.only:
@@ -198,6 +247,7 @@ def main():
     if args.check:
         there = {p.name: p.read_bytes() for p in OUTPUT.iterdir()}
         wrong = sorted(f for f in files.keys() | there.keys() if files.get(f) != there.get(f))
+        wrong += [DOCUMENT.name] if DOCUMENT.read_text() != text else []
         print("differ: " + ", ".join(wrong) if wrong else "all as checked in")
         return int(bool(wrong))
     OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -205,6 +255,7 @@ def main():
         file.unlink()
     for file, content in files.items():
         (OUTPUT / file).write_bytes(content)
+    DOCUMENT.write_text(text)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 use crate::cli::generate::{WeightType, parse_lora, read_prompts};
 use crate::cli::{print_line, use_threads};
-use crate::config::{Config, ImageSize, TrainingMode};
+use crate::config::{Config, DeviceChoice, ImageSize, TrainingMode};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::generated::{self, Run, Variant};
 use crate::eval::rating::{self, Sheet};
@@ -72,6 +73,9 @@ pub struct EvalArgs {
     /// Type of the transformer's weights in memory [default: f32]
     #[arg(long, value_name = "TYPE")]
     dtype: Option<WeightType>,
+    /// What the pictures are made on: `auto`, `cpu` or `cuda:N`
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceChoice,
     /// Images that go through the transformer together
     #[arg(long, value_name = "N", default_value_t = 1)]
     batch_size: usize,
@@ -319,7 +323,11 @@ fn made(args: &EvalArgs, mut recipe: Recipe, variants: &[Variant]) -> Result<Vec
     recipe.guidance = args.guidance.unwrap_or(recipe.guidance);
     expand_all(&mut recipe.prompts, &mut recipe.negative_prompt, args.negative_prompt.as_deref())?;
     let prompts = generated::by_trigger(&recipe.prompts, args.trigger.as_deref(), args.class.as_deref())?;
-    let run = Run { batch_size: args.batch_size, offline: args.offline, quiet: args.quiet };
+    let compute = device::open(args.device)?;
+    if !args.quiet {
+        compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
+    }
+    let run = Run { device: compute.device, batch_size: args.batch_size, offline: args.offline, quiet: args.quiet };
     let (sets, notes) = generated::make(&recipe, variants, &prompts, &args.output.join("images"), &run)?;
     if !args.quiet {
         notes.iter().for_each(|note| tell(format_args!("warning: {note}")));

@@ -13,11 +13,13 @@ pub mod generate;
 pub mod inspect;
 pub mod kernels;
 pub mod merge;
+pub mod pose;
 pub mod prompt;
 pub mod route;
 pub mod synth;
 pub mod train;
 pub mod verify;
+pub mod world;
 
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
@@ -54,6 +56,7 @@ verbs! {
     route: Route(RouteArgs);
     prompt: Prompt(PromptArgs);
     eval: Eval(EvalArgs);
+    pose: Pose(PoseArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
     kernels: Kernels(KernelsArgs);
@@ -62,6 +65,7 @@ verbs! {
     inspect: Inspect(InspectArgs);
     extract: Extract(ExtractArgs);
     synth: Synth(SynthArgs);
+    world: World(WorldArgs);
     config: Config(ConfigArgs);
 }
 

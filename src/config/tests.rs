@@ -244,13 +244,13 @@ fn unusual() -> Config {
         "lora={rank: 3, alpha: 0.1, rslora: true, init: kaiming, target_modules: ['re:^a\\.\"b', {name: '*', rank: 2}]}",
         "data={path: /d/图片, resolution: [512, 768], default_caption: 'yes', max_sequence_length: 99, \
          caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c, \
-         filter: {min_size: 7}, masks: ~/m}",
+         filter: {min_size: 7, max_hands: 4, max_legs: 3, require_person: true}, masks: ~/m}",
         "regions={person: 0.5, limbs: 3, hands: 6, gamma: 1, floor: 0.1}",
         "flow={sampling: uniform, logit_mean: -0.5, logit_std: 2, shift: 2.2255, sigma_min: 0.01, sigma_max: 0.99, \
          weighting: bell}",
         "save={every: 1, keep: 0, dtype: f16}",
         "stages=[{name: a, until: 0.25, learning_rate: 0.5, target_modules: [qkv, 're:x'], sigma: [0.1, 0.9], \
-         resolution: [64, 80], filter: {paths: ['h/*'], captions: [手]}}, {name: b, until: 30}, {name: c}]",
+         resolution: [64, 80], filter: {paths: ['h/*'], captions: [手], min_hands: 1, require_person: true}}, {name: b, until: 30}, {name: c}]",
         "evaluation={every: 0, num_sigmas: 9}",
         "preview={every: 7, prompts: [一只猫, 'yes'], negative_prompt: '', seeds: [3, 4], steps: 5, size: 16:9, guidance: 1.5}",
     ])

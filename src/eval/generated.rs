@@ -8,6 +8,7 @@ use crate::eval::pictures::{Part, Picture, Set};
 use crate::io::png;
 use crate::sample::recipe::KEYWORD;
 use crate::sample::{Generator, LoraUse, Recipe};
+use candle_core::Device;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -109,7 +110,7 @@ pub fn make(
     let pairs = variants.iter().flat_map(|v| prompts.iter().map(move |p| (v, p)));
     let (routed, texts) = pairs.clone().map(|(v, p)| (v.loras.clone(), p.text.clone())).unzip();
     let recipe = Recipe { prompts: texts, routed, ..settings.clone() };
-    let generator = Generator::open(recipe, run.offline)?;
+    let generator = Generator::open(recipe, run.offline, run.device.clone())?;
     let recipe = generator.recipe().clone();
     let places: Vec<PathBuf> =
         pairs.clone().enumerate().map(|(i, (v, _))| place(folder, v, i % prompts.len())).collect();
@@ -131,7 +132,7 @@ pub fn make(
             routed: missing.iter().map(|&i| recipe.routed[i].clone()).collect(),
             ..recipe.clone()
         };
-        Generator::open(rest, run.offline)?.run(run.batch_size, run.quiet, |image| {
+        Generator::open(rest, run.offline, run.device.clone())?.run(run.batch_size, run.quiet, |image| {
             let i = missing[image.job.prompt];
             let text = recipe.single(i, image.job.seed, None).to_text();
             png::write(&path(i, image.job.seed), &image.pixels, &[(KEYWORD, &text)])
@@ -150,8 +151,10 @@ pub fn make(
 }
 
 /// How pictures are made.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Run {
+    /// What the transformer computes on.
+    pub device: Device,
     /// Images that go through the transformer together.
     pub batch_size: usize,
     /// Take a hub model from the local cache only.

@@ -1,5 +1,6 @@
 //! Flow matching: noise levels and how a sample moves between them.
 
+pub mod gate;
 pub mod loss;
 pub mod scheduler;
 pub mod sigma;

@@ -252,6 +252,8 @@ mod tests {
             (2, 3, 1, Padding { left: 2, top: 1, ..Padding::default() }, [1, 5, 4, 2]),
             // Narrower than its kernel.
             (3, 3, 1, Padding::all(1), [1, 1, 2, 4]),
+            // The wide kernel of pose networks, on an image smaller and one larger than it.
+            (7, 7, 1, Padding::all(3), [1, 4, 9, 3]),
         ];
         for (i, (kh, kw, stride, padding, dims)) in cases.into_iter().enumerate() {
             let weight = randn(10 + i as u64, &[6, dims[3], kh, kw], 0.4);

@@ -9,6 +9,7 @@ use crate::io::Weights;
 use crate::kernels::Value;
 use crate::kernels::basic::add;
 use crate::kernels::channel_norm::channel_norm;
+use crate::kernels::checkpoint::{Keep, segment};
 use crate::kernels::conv::{Conv2d, Padding};
 use crate::kernels::math::Activation;
 use crate::kernels::spatial_attention::spatial_attention;
@@ -51,6 +52,7 @@ impl Scope<'_> {
 }
 
 /// `QwenImageResidualBlock`: norm, SiLU, convolution, twice, around a shortcut.
+#[derive(Clone)]
 pub(super) struct ResBlock {
     norm1: Tensor,
     conv1: Conv2d,
@@ -71,7 +73,13 @@ impl ResBlock {
         })
     }
 
+    /// Keeps of the graph its input alone: what lies inside is computed again for the backward pass.
     pub fn forward(&self, x: &Value) -> Result<Value> {
+        let block = self.clone();
+        one(segment(Keep::Inputs, &[x], false, move |v| Ok(vec![block.inside(&v[0])?]))?)
+    }
+
+    fn inside(&self, x: &Value) -> Result<Value> {
         let h = self.conv1.forward(&channel_norm(x, &self.norm1, Some(Activation::Silu))?)?; // (B, H, W, out)
         let normed = channel_norm(&h, &self.norm2, Some(Activation::Silu))?;
         // At full resolution each of these is hundreds of megabytes: at most three live at once.
@@ -86,6 +94,7 @@ impl ResBlock {
 }
 
 /// `QwenImageAttentionBlock`: every pixel attends to every pixel, with one head.
+#[derive(Clone)]
 pub(super) struct AttentionBlock {
     norm: Tensor,
     to_qkv: Conv2d,
@@ -102,12 +111,23 @@ impl AttentionBlock {
         })
     }
 
+    /// Keeps its input alone, as [`ResBlock::forward`].
     fn forward(&self, x: &Value) -> Result<Value> {
+        let block = self.clone();
+        one(segment(Keep::Inputs, &[x], false, move |v| Ok(vec![block.inside(&v[0])?]))?)
+    }
+
+    fn inside(&self, x: &Value) -> Result<Value> {
         let (b, h, w, c) = x.tensor().dims4()?;
         let qkv = self.to_qkv.forward(&channel_norm(x, &self.norm, None)?)?; // (B, H, W, 3C)
         let attended = spatial_attention(&qkv.reshape((b, h * w, 3 * c))?)?; // (B, HW, C)
         add(x, &self.proj.forward(&attended.reshape((b, h, w, c))?)?)
     }
+}
+
+/// The one output of a segment.
+fn one(outputs: Vec<Value>) -> Result<Value> {
+    Ok(outputs.into_iter().next().expect("the segment gives one value"))
 }
 
 /// `QwenImageMidBlock`: residual block, attention, residual block.

@@ -9,6 +9,7 @@ mod decoder;
 mod encoder;
 pub mod latents;
 pub mod tiling;
+pub mod tiny;
 
 pub use config::VaeConfig;
 pub use latents::{Posterior, pack, unpack};
