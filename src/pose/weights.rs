@@ -142,7 +142,7 @@ pub fn locate(source: &str, file: &str, hub: &HubOptions) -> Result<PathBuf> {
         return Err(Error::usage(format!("no pose weights at `{source}`"))
             .expected(format!("a file, a folder with `{file}`, or a hub id (owner/name)"), "nothing of that name"));
     };
-    let wanted = Wanted { files: vec![file.into()], parts: Vec::new() };
+    let wanted = Wanted { files: vec![file.into()], ..Wanted::default() };
     let options = HubOptions { observer: Some(hub::progress_bar(source)), ..hub.clone() };
     Ok(hub::fetch(&repo, &wanted, &|_| Ok(()), &options)?.join(file))
 }
