@@ -42,7 +42,7 @@ fn the_config_file() {
     let place = with_config("seed: 7", "seed: {");
     assert_refused(&place, &[], &["`recipe.yaml` is not a valid config file"]);
     let place = with_config("save:", "stages: [{resolution: 512}]\nsave:");
-    assert_refused(&place, &[], &["`stages` is not supported yet", "recipe.yaml", "hint: remove `stages`"]);
+    assert_refused(&place, &[], &["`stages.0.name` is missing", "recipe.yaml"]);
 
     let place = Workplace::new();
     let config = |place: &Workplace, name: &str| place.command(&["train", "--config", name]).output().unwrap();
@@ -76,6 +76,24 @@ fn targets() {
     assert_refused(&place, &["--set", error], &["attn.to_qq", "to_q"]);
     assert_refused(&place, &["--set", "lora.target_modules=[]"], &["lora.target_modules", "found"]);
     assert_refused(&place, &["--set", "lora.target_modules=['re:(']"], &["re:("]);
+}
+
+#[test]
+fn stages() {
+    let place = Workplace::new();
+    let refused = |stages: &str, says: &[&str]| assert_refused(&place, &["--set", &format!("stages={stages}")], says);
+    refused("[{name: a, until: 2}, {name: b, until: 3}]", &["no stage covers the steps after 3, up to 4", "hint: "]);
+    refused("[{name: a, until: 2}, {name: b, until: 2}]", &["the stage `b` has no steps", "`a`, ends after step 2"]);
+    let modules = |pattern: &str| format!("[{{name: a, target_modules: [{pattern}]}}]");
+    refused(
+        &modules("attn.to_qq"),
+        &["stages.0.target_modules: `attn.to_qq` matches no module", "`to_q`", "stage `a`"],
+    );
+    refused(&modules("modulation"), &["matches no module that this run trains", "hint: a stage trains a part of"]);
+    refused("[{name: a, target_modules: []}]", &["`stages.0.target_modules` is empty", "stage `a`"]);
+    let none = "[{name: a, until: 2}, {name: b, filter: {paths: ['hands/*']}}]";
+    refused(none, &["the stage `b` has no image to train on", "selects none of the images", "hint: widen"]);
+    refused("[{name: a, filter: {paths: ['a[']}}]", &["`a[` in a stage's `filter.paths` is not a glob"]);
 }
 
 #[test]

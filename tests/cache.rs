@@ -214,6 +214,7 @@ fn a_folder_becomes_batches_through_the_caches() {
     let settings = PlanSettings { seed: 3, batch_size: 2, held_out: 0, caption_dropout: 0.3 };
     let plan = Arc::new(Plan::new(&samples, settings).unwrap());
     let cached = CachedSamples {
+        mask_of: HashMap::new(),
         latents: store.clone(),
         prompt_embeds: store.clone(),
         latents_of,

@@ -3,6 +3,7 @@
 
 mod train_common;
 
+use qwen_lora::io::safetensors::MappedFile;
 use std::collections::BTreeMap;
 use std::path::Path;
 use train_common::{Workplace, files, snapshot, stderr, the_error};
@@ -63,6 +64,72 @@ fn killed_and_resumed_is_uninterrupted_with_one_thread() {
 #[test]
 fn killed_and_resumed_is_uninterrupted_with_two_threads() {
     killed("2");
+}
+
+/// Three stages that differ in every way: images, resolution, modules, noise levels, learning rate.
+const STAGES: &str = "stages=[{name: all, until: 8}, {name: circles, until: 0.75, learning_rate: 0.5, resolution: 48, \
+    sigma: [0.1, 0.7], target_modules: [qkv.visual], filter: {captions: ['a ']}}, {name: rest, target_modules: [mlp]}]";
+
+#[test]
+fn a_staged_run_resumes_in_the_right_stage_to_the_same_bytes() {
+    let staged = ["--threads", "2", "--set", STAGES];
+    let whole = Workplace::new();
+    let output = whole.train_ok(&[&staged[..], &["--set", "save.keep=0"]].concat());
+    let place = Workplace::new();
+    for logged in [5, 13] {
+        let mut run = place.spawn(&[&staged[..], &["--resume", "auto", "--set", "save.every=1"]].concat());
+        assert!(run.wait_until(|| place.steps_logged() >= logged), "killed too late");
+        run.kill();
+    }
+    let resumed = place.train_ok(&[&staged[..], &["--resume", "auto"]].concat());
+    let text = stderr(&resumed);
+    assert!(text.contains("stage circles: steps 9 to 18, ") && !text.contains("stage all"), "{text}");
+    assert_same_run(&whole, &place);
+
+    let stages: Vec<_> = whole.metrics().iter().filter_map(|l| Some(l["stage"].as_str()?.to_string())).collect();
+    let expected = [vec!["all"; 8], vec!["circles"; 10], vec!["rest"; 6]].concat();
+    assert_eq!(stages, expected);
+    let text = stderr(&output);
+    for stage in ["all: steps 1 to 8, 6 images\n", "rest: steps 19 to 24, 6 images, 8 of 24 modules\n"] {
+        assert!(text.contains(&format!("stage {stage}")), "{text}");
+    }
+    // The second stage trains its modules and leaves the others, and what the optimizer knows of them, as they were.
+    let tensor = |step: u64, file: &str, name: &str| {
+        let file = MappedFile::open(&whole.run(&format!("checkpoints/step-{step:06}/{file}.safetensors"))).unwrap();
+        file.bytes(name).unwrap().to_vec()
+    };
+    let (mlp, to_q) =
+        ("transformer_blocks.0.img_mlp.net.2.lora_B.weight", "transformer_blocks.0.attn.to_q.lora_B.weight");
+    for (name, trained) in [(to_q, true), (mlp, false)] {
+        assert_eq!(tensor(8, "adapter", name) != tensor(16, "adapter", name), trained, "{name}");
+        let moment = format!("{name}.exp_avg");
+        assert_eq!(tensor(8, "optimizer", &moment) != tensor(16, "optimizer", &moment), trained, "{name}");
+    }
+    let count = |name: &str| tensor(24, "optimizer", &format!("{name}.step"))[0];
+    assert_eq!((count(to_q), count(mlp)), (18, 14), "steps that each has learned in");
+
+    let page = std::fs::read_to_string(whole.run("report.html")).unwrap();
+    assert!(
+        page.contains("<h2>Stages</h2>") && page.matches("class=\"stage\"").count() >= 9,
+        "no stages in the report"
+    );
+    assert!(
+        page.contains("<tr><th>circles</th><td>steps 9 to 18, ") && page.contains("resolution 48, 6 of 24 modules")
+    );
+}
+
+#[test]
+fn one_stage_that_changes_nothing_is_the_run_without_stages() {
+    let (plain, staged) = (Workplace::new(), Workplace::new());
+    let short = ["--threads", "2", "--set", "training.max_steps=8"];
+    plain.train_ok(&short);
+    // A second one with the same images goes on in the same epoch.
+    let stages = "stages=[{name: a, until: 3}, {name: b, sigma: [0, 1]}]";
+    staged.train_ok(&[&short[..], &["--set", stages]].concat());
+    for file in ["adapter.safetensors", "optimizer.safetensors"] {
+        let bytes = |w: &Workplace| std::fs::read(w.run("checkpoints/step-000008").join(file)).unwrap();
+        assert!(bytes(&plain) == bytes(&staged), "{file} differs");
+    }
 }
 
 #[test]

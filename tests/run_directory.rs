@@ -172,13 +172,30 @@ fn another_base_model_is_refused() {
 #[test]
 fn a_damaged_newest_checkpoint_gives_way_to_the_one_before() {
     let whole = finished();
-    for file in ["adapter.safetensors", "optimizer.safetensors", "state.json"] {
+    let damages = [
+        ("adapter.safetensors", true),
+        ("adapter.safetensors", false),
+        ("optimizer.safetensors", false),
+        ("state.json", false),
+    ];
+    for (file, cut) in damages {
         let place = Workplace::new();
         place.train_ok(&with(&["--set", "save.every=2", "--set", "save.keep=0"]));
         std::fs::remove_dir_all(place.run("checkpoints/step-000008")).unwrap();
         let damaged = place.run("checkpoints/step-000006").join(file);
-        let bytes = std::fs::read(&damaged).unwrap();
-        std::fs::write(&damaged, &bytes[..bytes.len() / 2]).unwrap();
+        let mut bytes = std::fs::read(&damaged).unwrap();
+        match cut {
+            true => bytes.truncate(bytes.len() / 2),
+            // A digit of the state, or a number of the tensors: what is read would be sound and wrong.
+            false => {
+                let at = match file {
+                    "state.json" => bytes.windows(9).position(|w| w == b"\"step\": 6").unwrap() + 8,
+                    _ => bytes.len() - 3,
+                };
+                bytes[at] ^= 1;
+            }
+        }
+        std::fs::write(&damaged, &bytes).unwrap();
         let output = place.train_ok(&with(&["--resume", "auto", "--set", "save.keep=0"]));
         assert_says(
             &stderr(&output),
@@ -242,4 +259,31 @@ fn a_dry_run_reports_and_writes_nothing() {
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!((&json["outcome"], &json["found"]["images"]), (&"dry run".into(), &8.into()));
     assert!(!place.path("runs").exists());
+}
+
+#[test]
+fn images_that_are_left_out_are_named_with_the_reason_and_stay_where_they_are() {
+    let place = Workplace::new();
+    let drawings = place.path("images");
+    let small = image::RgbImage::from_pixel(40, 90, image::Rgb([9, 9, 9]));
+    std::fs::create_dir(drawings.join("b")).unwrap();
+    small.save(drawings.join("b/small.png")).unwrap();
+    std::fs::write(drawings.join("b/small.txt"), "something small").unwrap();
+    let before = train_common::snapshot(&drawings);
+    let output = place.train_ok(&with(&["--set", "data.filter.min_size=48"]));
+    assert_says(&stderr(&output), &["note: `data.filter.min_size` leaves out 1 image: b/small.png"]);
+    let filtered = std::fs::read_to_string(place.run("filtered.jsonl")).unwrap();
+    assert_eq!(
+        filtered,
+        "{\"path\":\"b/small.png\",\"rule\":\"min_size\",\"limit\":48,\"found\":40,\
+         \"reason\":\"it has 40x90 pixels; both sides must have 48 or more\"}\n"
+    );
+    assert_eq!(before, train_common::snapshot(&drawings));
+    // What is left out is as if it were not there.
+    let adapter = |w: &Workplace| std::fs::read(w.run("checkpoints/step-000008/adapter.safetensors")).unwrap();
+    assert!(adapter(&place) == adapter(&finished()));
+
+    let place = Workplace::new();
+    let error = refused(&place, &["--set", "data.filter.min_size=5000"]);
+    assert_says(&error, &["`data.filter` leaves out all of the 8 images", "01-red-circle.png: it has ", "hint: "]);
 }

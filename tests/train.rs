@@ -59,6 +59,80 @@ fn quiet_says_nothing_and_json_one_object() {
 }
 
 #[test]
+fn a_caption_that_is_cut_is_named_with_its_image_from_the_cache_too() {
+    let place = Workplace::new();
+    std::fs::write(place.path("images/04-house.txt"), "word ".repeat(60)).unwrap();
+    let args = ["--set", "data.max_sequence_length=64", "--set", "training.max_steps=1"];
+    for output in ["output=runs/one", "output=runs/two"] {
+        let text = stderr(&place.train_ok(&[&args[..], &["--set", output]].concat()));
+        let notes: Vec<&str> = text.lines().filter(|line| line.contains("is cut")).collect();
+        assert_eq!(notes.len(), 1, "{text}");
+        assert_says(
+            notes[0],
+            &["note: the caption of 04-house.png is cut: it has ", "`data.max_sequence_length` keeps 64"],
+        );
+    }
+}
+
+/// White: the left half.
+fn half_masks(place: &Workplace, folder: &str, name: impl Fn(&str) -> String) {
+    for drawing in train_common::files(&place.path("images")) {
+        let stem = drawing.to_str().unwrap().strip_suffix(".png");
+        if let Some(stem) = stem.filter(|stem| !stem.ends_with(".mask")) {
+            let (width, height) = image::image_dimensions(place.path("images").join(&drawing)).unwrap();
+            let mask =
+                image::GrayImage::from_fn(width, height, |x, _| image::Luma([if x < width / 2 { 255 } else { 0 }]));
+            let path = place.path(folder).join(name(stem));
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            mask.save(path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn masks_beside_the_images_or_in_a_folder_weigh_the_loss() {
+    let args = ["--set", "training.max_steps=4", "--set", "evaluation.every=4", "--threads", "2"];
+    let run = |place: &Workplace, sets: &[&str]| {
+        let output = place.train_ok(&[&args[..], sets].concat());
+        let raw = std::fs::read(place.run("checkpoints/step-000004/adapter.safetensors")).unwrap();
+        (raw, losses(&place.metrics()), held_out_losses(&place.metrics()), stderr(&output))
+    };
+    let plain = run(&Workplace::new(), &[]);
+
+    // Masks that are not asked for are no images either.
+    let beside = || {
+        let place = Workplace::new();
+        half_masks(&place, "images", |stem| format!("{stem}.mask.png"));
+        place
+    };
+    let unused = run(&beside(), &[]);
+    assert!(plain.0 == unused.0 && plain.1 == unused.1);
+    assert_says(&unused.3, &["note: masks of 8 images are not used, as `data.masks` is `none`"]);
+
+    let masked = run(&beside(), &["--set", "data.masks=beside"]);
+    assert!(masked.0 != plain.0 && masked.1 != plain.1, "masks change nothing");
+    assert_eq!(masked.2[0], plain.2[0], "the held-out loss is that of whole images");
+    let place = Workplace::new();
+    half_masks(&place, "masks", |stem| format!("{stem}.png"));
+    assert!(run(&place, &["--set", "data.masks=masks"]).0 == masked.0, "the same masks elsewhere");
+    // White masks are none.
+    let place = beside();
+    for file in train_common::files(&place.path("images")).iter().filter(|f| f.to_str().unwrap().contains(".mask")) {
+        let path = place.path("images").join(file);
+        let (width, height) = image::image_dimensions(&path).unwrap();
+        // A smaller mask of the same shape will do.
+        image::GrayImage::from_pixel(width / 2, height / 2, image::Luma([255])).save(path).unwrap();
+    }
+    assert!(run(&place, &["--set", "data.masks=beside"]).0 == plain.0, "white everywhere is no mask");
+    let one = place.path("images/04-house.mask.png");
+    image::GrayImage::from_pixel(50, 80, image::Luma([255])).save(&one).unwrap();
+    let error = train_common::the_error(&place.train(&["--set", "data.masks=beside", "--set", "output=runs/b"]), 2);
+    assert_says(&error, &["04-house.mask.png` has another shape than its image", "expected 128x96", "found 50x80"]);
+    let none = train_common::the_error(&Workplace::new().train(&["--set", "data.masks=beside"]), 2);
+    assert_says(&none, &["no image has one", "01-red-circle.mask.png", "hint: "]);
+}
+
+#[test]
 fn all_weights_are_trained_and_written_as_a_transformer_that_loads() {
     let place = Workplace::new();
     let full = ["--set", "training.mode=full", "--set", "training.learning_rate=5e-4"];

@@ -17,4 +17,4 @@ pub mod target;
 pub mod write;
 
 pub use lora::{Init, LoraAdapter, LoraModule};
-pub use target::{LoraScaling, ModuleInfo, Target, TargetEntry, resolve_targets};
+pub use target::{LoraScaling, ModuleInfo, Target, TargetEntry, resolve_targets, select_modules};

@@ -92,7 +92,7 @@ pub fn resolve_targets(modules: &[ModuleInfo], entries: &[TargetEntry], default:
     let mut chosen: Vec<Option<(usize, f64)>> = vec![None; modules.len()];
     for entry in entries {
         let stated = own_strength(entry, default)?;
-        let matcher = Matcher::new(&entry.pattern, modules)?;
+        let matcher = Matcher::new(&entry.pattern, modules, ENTRIES)?;
         let mut matched = false;
         for (module, slot) in modules.iter().zip(&mut chosen) {
             if matcher.matches(module) {
@@ -101,7 +101,7 @@ pub fn resolve_targets(modules: &[ModuleInfo], entries: &[TargetEntry], default:
             }
         }
         if !matched {
-            return Err(matches_nothing(&entry.pattern, modules));
+            return Err(matches_nothing(&entry.pattern, modules, ENTRIES));
         }
     }
     let target = |(module, chosen): (&ModuleInfo, Option<(usize, f64)>)| {
@@ -118,6 +118,29 @@ pub fn resolve_targets(modules: &[ModuleInfo], entries: &[TargetEntry], default:
     };
     Ok(modules.iter().zip(chosen).filter_map(target).collect())
 }
+
+/// The names of those among `modules` that the patterns of `key` mean, patterns as in `lora.target_modules`.
+///
+/// Errors (usage): no pattern, one that matches nothing, a bad glob or regex.
+pub fn select_modules<'a>(modules: &'a [ModuleInfo], patterns: &[String], key: &str) -> Result<BTreeSet<&'a str>> {
+    if patterns.is_empty() {
+        return Err(Error::usage(format!("`{key}` is empty: nothing would be trained"))
+            .hint(format!("name what to train; the groups are {}", list(group_names(modules)))));
+    }
+    let mut chosen = BTreeSet::new();
+    for pattern in patterns {
+        let matcher = Matcher::new(pattern, modules, key)?;
+        let mut matching = modules.iter().filter(|m| matcher.matches(m)).peekable();
+        if matching.peek().is_none() {
+            return Err(matches_nothing(pattern, modules, key));
+        }
+        chosen.extend(matching.map(|m| m.name.as_str()));
+    }
+    Ok(chosen)
+}
+
+/// The key of the entries in messages.
+const ENTRIES: &str = "lora.target_modules";
 
 /// Rank and alpha if the entry states at least one of them.
 fn own_strength(entry: &TargetEntry, default: LoraScaling) -> Result<Option<(usize, f64)>> {
@@ -153,9 +176,9 @@ enum Matcher {
 }
 
 impl Matcher {
-    fn new(pattern: &str, modules: &[ModuleInfo]) -> Result<Self> {
+    fn new(pattern: &str, modules: &[ModuleInfo], key: &str) -> Result<Self> {
         let bad = |kind: &str, e: &dyn std::fmt::Display| {
-            Error::usage(format!("lora.target_modules: `{pattern}` is not a {kind}")).detail(e.to_string())
+            Error::usage(format!("{key}: `{pattern}` is not a {kind}")).detail(e.to_string())
         };
         if let Some(expression) = pattern.strip_prefix("re:") {
             let whole = format!("^(?:{expression})$");
@@ -182,9 +205,10 @@ impl Matcher {
     }
 }
 
-fn matches_nothing(pattern: &str, modules: &[ModuleInfo]) -> Error {
+fn matches_nothing(pattern: &str, modules: &[ModuleInfo], key: &str) -> Error {
     let near = near_names(pattern, modules);
-    let mut error = Error::usage(format!("lora.target_modules: `{pattern}` matches no module of this model"));
+    let whose = if key == ENTRIES { "of this model" } else { "that this run trains" };
+    let mut error = Error::usage(format!("{key}: `{pattern}` matches no module {whose}"));
     if !near.is_empty() {
         error = error.detail(format!("near names: {}", list(near)));
     }

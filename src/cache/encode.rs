@@ -1,9 +1,10 @@
 //! Filling the caches: captions through the text encoder, images through the VAE, one network in memory at a time.
 
-use super::{CachedSamples, Entry, FillOptions, Filled, Key, LATENTS, PROMPT_EMBEDS, Store, fill, fingerprint};
+use super::{CachedSamples, Entry, FillOptions, Filled, Key, LATENTS, MASK, PROMPT_EMBEDS, Store, fill, fingerprint};
 use crate::data::image::to_pixels;
+use crate::data::mask::{LATENT_PIXELS, latent_mask};
 use crate::data::resample::cover_crop;
-use crate::data::{Dataset, Sample};
+use crate::data::{Dataset, Mask, Sample};
 use crate::error::{Error, Result};
 use crate::model::source::PipelineFolder;
 use crate::model::text_encoder::{PromptEncoder, Residency, TextEncoder, TextEncoderConfig};
@@ -53,6 +54,7 @@ pub fn fill_caches(dir: &Path, request: &CacheRequest) -> Result<(CachedSamples,
     let store = Store::open(dir)?;
     let (caption_keys, prompts) = prompt_embeds(&store, request)?;
     let (latents_of, latents) = image_latents(&store, request)?;
+    let mask_of = masks(&store, request)?;
     let key_of = |caption: &str| caption_keys[caption];
     let samples = CachedSamples {
         latents: store.clone(),
@@ -60,6 +62,7 @@ pub fn fill_caches(dir: &Path, request: &CacheRequest) -> Result<(CachedSamples,
         latents_of,
         caption_of: request.dataset.items().iter().map(|item| key_of(&item.caption)).collect(),
         empty_caption: key_of(""),
+        mask_of,
     };
     let extra_prompts = request.extra_prompts.iter().map(|prompt| key_of(prompt)).collect();
     Ok((samples, CacheReport { prompts, extra_prompts, latents }))
@@ -76,9 +79,10 @@ fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashM
     let key =
         |c: &&str| Key::prompt_embeds(c, &template.apply("{}"), request.max_sequence_length, &encoder, DType::F32);
     let keys: Vec<Key> = captions.iter().map(key).collect();
+    let cut = cut_captions(request, &template, &captions)?;
     let mut networks = None;
     let options = FillOptions { label: "prompt embeddings", batch_size: PROMPTS_AT_ONCE, quiet: request.quiet };
-    let filled = fill(store, &keys, options, |missing| {
+    let mut filled = fill(store, &keys, options, |missing| {
         check_stop(request)?;
         if networks.is_none() {
             let files = &pipeline.text_encoder;
@@ -95,7 +99,37 @@ fn prompt_embeds<'a>(store: &Store, request: &CacheRequest<'a>) -> Result<(HashM
             missing.iter().map(|&i| captions[i]),
         )
     })?;
+    filled.notices.extend(cut);
     Ok((captions.into_iter().zip(keys).collect(), filled))
+}
+
+/// A line for each caption that is longer than what is kept of it, with the images that have it.
+fn cut_captions(request: &CacheRequest, template: &Template, captions: &[&str]) -> Result<Vec<String>> {
+    let kept = request.max_sequence_length;
+    // A token is a byte or more, so that few captions need counting, and often not even the tokenizer.
+    let around = template.apply("").len();
+    let long: Vec<&str> = captions.iter().copied().filter(|caption| caption.len() + around > kept).collect();
+    if long.is_empty() {
+        return Ok(Vec::new());
+    }
+    let tokenizer = PromptTokenizer::load(&request.pipeline.tokenizer)?;
+    let prefix = tokenizer.num_prefix_tokens(template)?;
+    let mut notices = Vec::new();
+    for caption in long {
+        let tokens = tokenizer.encode(&template.apply(caption))?.len() - prefix;
+        if tokens > kept {
+            let items = request.dataset.items().iter().filter(|item| item.caption == caption);
+            let mut images: Vec<&str> = items.map(|item| item.path.as_str()).collect();
+            if images.is_empty() {
+                images.push("a preview");
+            }
+            notices.push(format!(
+                "the caption of {} is cut: it has {tokens} tokens, and `data.max_sequence_length` keeps {kept}",
+                images.join(", ")
+            ));
+        }
+    }
+    Ok(notices)
 }
 
 fn encode_prompts<'a>(
@@ -134,6 +168,26 @@ fn image_latents(store: &Store, request: &CacheRequest) -> Result<(HashMap<Sampl
         missing.iter().map(|&i| Ok(Entry::from([(LATENTS.to_string(), encode_image(vae, request, i)?)]))).collect()
     })?;
     Ok((request.samples.iter().copied().zip(keys).collect(), filled))
+}
+
+/// The masks of all samples that have one, at the resolution of latents.
+fn masks(store: &Store, request: &CacheRequest) -> Result<HashMap<Sample, Key>> {
+    let items = request.dataset.items();
+    let masked: Vec<(Sample, &Mask)> =
+        request.samples.iter().filter_map(|&sample| Some((sample, items[sample.item].mask.as_ref()?))).collect();
+    let keys: Vec<Key> = masked.iter().map(|(sample, mask)| Key::mask(&mask.hash, sample.bucket)).collect();
+    let options = FillOptions { label: "masks", batch_size: 1, quiet: request.quiet };
+    fill(store, &keys, options, |missing| {
+        check_stop(request)?;
+        let entry = |&i: &usize| -> Result<Entry> {
+            let (Sample { bucket, .. }, mask) = &masked[i];
+            let shape = (bucket.height() / LATENT_PIXELS, bucket.width() / LATENT_PIXELS);
+            let values = Tensor::from_vec(latent_mask(mask, *bucket)?, shape, &Device::Cpu)?;
+            Ok(Entry::from([(MASK.to_string(), values)]))
+        };
+        missing.iter().map(entry).collect()
+    })?;
+    Ok(masked.into_iter().map(|(sample, _)| sample).zip(keys).collect())
 }
 
 /// The normalised latents (C, h, w) of one sample: the posterior's mode.

@@ -33,6 +33,14 @@ impl Key {
         Self::new("latents", &[image_hash.as_bytes(), &shape, vae.as_bytes()])
     }
 
+    /// A mask at the resolution of latents: depends on the mask file's bytes, the bucket, and how this program decodes and
+    /// resizes.
+    pub fn mask(mask_hash: &blake3::Hash, bucket: Bucket) -> Self {
+        let shape = [bucket.height() as u64, bucket.width() as u64, u64::from(PIXELS_VERSION)];
+        let shape: Vec<u8> = shape.iter().flat_map(|n| n.to_le_bytes()).collect();
+        Self::new("mask", &[mask_hash.as_bytes(), &shape])
+    }
+
     fn new(kind: &'static str, parts: &[&[u8]]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&FORMAT_VERSION.to_le_bytes());
@@ -43,7 +51,7 @@ impl Key {
         Self { kind, hash: hasher.finalize() }
     }
 
-    /// What kind of entry it names: `prompt_embeds` or `latents`.
+    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`.
     pub fn kind(&self) -> &'static str {
         self.kind
     }
@@ -74,6 +82,8 @@ mod tests {
             Key::latents(&hash("1"), bucket(16, 32), "v"),
             Key::latents(&hash("2"), bucket(32, 16), "v"),
             Key::latents(&hash("1"), bucket(32, 16), "w"),
+            Key::mask(&hash("1"), bucket(32, 16)),
+            Key::mask(&hash("1"), bucket(16, 32)),
         ];
         assert_eq!(keys.iter().collect::<HashSet<_>>().len(), keys.len());
         assert_eq!(keys[0], Key::prompt_embeds("a cat", "{}", 512, "f", DType::BF16));

@@ -10,5 +10,5 @@ pub mod store;
 pub use fill::{FillOptions, Filled, fill};
 pub use fingerprint::fingerprint;
 pub use key::Key;
-pub use source::{CachedSamples, LATENTS, PROMPT_EMBEDS};
+pub use source::{CachedSamples, LATENTS, MASK, PROMPT_EMBEDS};
 pub use store::{Entry, Store};

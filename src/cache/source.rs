@@ -10,6 +10,8 @@ use std::collections::HashMap;
 
 /// The tensor in a cached latents entry: (C, h, w) in f32.
 pub const LATENTS: &str = "latents";
+/// The tensor in a cached mask entry: (h, w) in f32, each in [0, 1].
+pub const MASK: &str = "mask";
 /// The tensor in a cached embedding entry: (L, D), unpadded.
 pub const PROMPT_EMBEDS: &str = "prompt_embeds";
 
@@ -26,12 +28,21 @@ pub struct CachedSamples {
     pub caption_of: Vec<Key>,
     /// The embedding of the empty caption.
     pub empty_caption: Key,
+    /// The masks of those samples that have one; in the store of latents.
+    pub mask_of: HashMap<Sample, Key>,
 }
 
 impl CachedSamples {
     /// The batch of one training step. Errors: an entry that is gone or damaged since the caches were filled.
     pub fn step(&self, plan: &Plan, step: u64) -> Result<Batch> {
         self.batch(&plan.batch(step))
+    }
+
+    /// The mask of a sample, row by row as its latents, each in [0, 1]; `None` if it has none.
+    /// Errors: an entry that is gone or damaged.
+    pub fn mask(&self, sample: Sample) -> Result<Option<Vec<f32>>> {
+        let Some(key) = self.mask_of.get(&sample) else { return Ok(None) };
+        Ok(Some(one(&self.latents, key, MASK)?.flatten_all()?.to_vec1()?))
     }
 
     /// The batch of `planned`.

@@ -2,6 +2,7 @@
 
 use crate::config::field::{Field, FieldInfo};
 use crate::config::sections::Target;
+use crate::config::stages::Stage;
 use crate::config::{Config, DERIVED_DEFAULTS};
 use serde_json::json;
 use std::fmt::Write;
@@ -27,11 +28,21 @@ pub fn markdown() -> String {
     table(&mut page, "", &plain);
     for section in &sections {
         let _ = write!(page, "\n## {}\n\n{}\n\n", section.name, text(section));
-        table(&mut page, &format!("{}.", section.name), &section.fields);
+        let (maps, plain): (Vec<_>, Vec<_>) = section.fields.iter().partition(|f| !f.fields.is_empty());
+        table(&mut page, &format!("{}.", section.name), plain);
+        for map in maps {
+            sub_table(&mut page, &format!("{}.{}", section.name, map.name), map);
+        }
         if section.name == "lora" {
             page.push_str("\nAn entry of `target_modules` as a map:\n\n");
             table(&mut page, "", &Target::fields());
         }
+    }
+    page.push_str(STAGES);
+    let (filters, plain): (Vec<_>, Vec<_>) = Stage::fields().into_iter().partition(|f| !f.fields.is_empty());
+    table(&mut page, "", &plain);
+    for map in &filters {
+        sub_table(&mut page, &format!("stages.N.{}", map.name), map);
     }
     page
 }
@@ -50,7 +61,20 @@ editor, `qwen-lora config --schema > qwen-lora.schema.json`.
 
 ";
 
-fn table(page: &mut String, prefix: &str, fields: &[FieldInfo]) {
+const STAGES: &str = "
+## stages
+
+A list of maps, one for each part of the run; see [training.md](training.md).
+
+";
+
+/// A map inside a section.
+fn sub_table(page: &mut String, key: &str, map: &FieldInfo) {
+    let _ = write!(page, "\n`{key}`: {}\n\n", text(map));
+    table(page, &format!("{key}."), &map.fields);
+}
+
+fn table<'a>(page: &mut String, prefix: &str, fields: impl IntoIterator<Item = &'a FieldInfo>) {
     page.push_str("| key | default | value | meaning |\n|---|---|---|---|\n");
     for field in fields {
         let key = format!("{prefix}{}", field.name);

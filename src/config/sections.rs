@@ -4,7 +4,7 @@ use crate::config::field::{At, Field, Range, section};
 use crate::config::size::ImageSize;
 use crate::config::tree::{Content, Node};
 use crate::config::types::{
-    Betas, Checkpointing, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Optimizer, Positive, Rank,
+    Betas, Checkpointing, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, Optimizer, Positive, Rank,
     Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
 };
 use crate::error::Result;
@@ -165,6 +165,11 @@ section! {
         default_caption: Option<String> = None;
         /// Longest prompt, in tokens; what is longer is cut off.
         max_sequence_length: usize = 512, Range::between(1.0, 1024.0);
+        /// Images that are left out: a map with the keys below.
+        filter: Filter = Filter::default();
+        /// Masks that say which parts of an image count in the loss, white fully and black hardly: `beside` takes
+        /// `name.mask.png` beside `name.jpg`, a folder is searched for `name.png` under the same path.
+        masks: Masks = Masks::None;
         /// Share of samples that are trained with the empty caption.
         caption_dropout: f64 = 0.05, Range::between(0.0, 1.0);
         /// Weight in the loss of a sample trained with its caption, relative to one whose caption was dropped. It is
@@ -179,6 +184,33 @@ section! {
         prefetch: usize = 2, Range::between(1.0, 64.0);
         /// Where latents and prompt embeddings are kept between runs; null means `.cache` beside the run directory.
         cache_dir: Option<PathBuf> = None;
+    }
+}
+
+section! {
+    /// Images that are left out when the data set is indexed. Each of them is named with its reason in `filtered.jsonl`
+    /// of the run directory; the files stay as they are.
+    pub struct Filter {
+        /// Pixels that both sides of an image must have; 0 takes any image.
+        min_size: usize = 0, Range::between(0.0, 65536.0);
+    }
+}
+
+section! {
+    /// Weights of the parts of an image in the loss. The weights of an image are divided by their mean, so that they move
+    /// emphasis and not the learning rate.
+    pub struct Regions {
+        /// Weight of where a person is; elsewhere it is 1.
+        person: f64 = 1.0, Range::between(0.05, 100.0);
+        /// Weight of arms and legs.
+        limbs: f64 = 1.0, Range::between(0.05, 100.0);
+        /// Weight of hands.
+        hands: f64 = 1.0, Range::between(0.05, 100.0);
+        /// Exponent on the share of a latent that lies in a region, and on the brightness of a mask: below 1 it
+        /// widens soft edges.
+        gamma: f64 = 0.7, Range::between(0.1, 10.0);
+        /// Weight of what a mask paints black: what counts for nothing at all grows phantom limbs.
+        floor: f64 = 0.05, Range::between(0.05, 1.0);
     }
 }
 

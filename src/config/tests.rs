@@ -165,12 +165,50 @@ fn rules_between_keys() {
 }
 
 #[test]
-fn stages_and_cuda_are_refused_not_ignored() {
-    let text = refused("model: m\ndata: {path: x}\nstages: [{max_steps: 5}]\n");
-    assert!(text.starts_with("`stages` is not supported yet in `dir/a.yaml`, line 3"), "{text}");
-    parse("model: m\ndata: {path: x}\nstages: []\n").unwrap();
+fn cuda_is_refused_not_ignored() {
     let error = with(&["device=cuda:1"]).unwrap().check_supported().unwrap_err().to_string();
     assert!(error.contains("cuda:1"), "{error}");
+}
+
+#[test]
+fn stages_cover_the_run_without_gap_or_overlap() {
+    let with_stages = |stages: &str| with(&["training.max_steps=100", &format!("stages={stages}")]);
+    let config = with_stages("[{name: a, until: 10}, {name: b, until: 0.45, sigma: [0, 0.5]}, {name: c}]").unwrap();
+    let spans = config.stages.spans(100).unwrap();
+    let steps: Vec<_> = spans.iter().map(|(steps, stage)| (steps.clone(), stage.name.as_str())).collect();
+    assert_eq!(steps, [(0..10, "a"), (10..45, "b"), (45..100, "c")]);
+    assert_eq!(with_stages("[{name: a, until: 1.0}]").unwrap().stages.spans(100).unwrap()[0].0, 0..100);
+    let preset = with_stages("progressive").unwrap();
+    let steps: Vec<_> =
+        preset.stages.spans(100).unwrap().into_iter().map(|(steps, stage)| (steps, &stage.name)).collect();
+    assert_eq!(steps, [(0..40, &"global".into()), (40..70, &"limbs".into()), (70..100, &"hands".into())]);
+    assert!(preset.to_yaml().contains("stages: progressive\n"));
+    assert_eq!(parse("model: m\ndata: {path: x}\nstages:\n").unwrap().stages, Stages::default());
+    for (stages, says) in [
+        ("[{name: a, until: 10}, {name: b, until: 90}]", "no stage covers the steps after 90, up to 100"),
+        (
+            "[{name: a, until: 50}, {name: b, until: 40}, {name: c}]",
+            "`b` has no steps: it ends after step 40\n  the stage before it, `a`, ends after step 50",
+        ),
+        ("[{name: a}, {name: b}]", "`b` has no steps"),
+        ("[{name: a, until: 0.001}, {name: b}]", "`a` has no steps: it ends after step 0"),
+        (
+            "[{name: a, until: 101}]",
+            "`a` ends after the run\n  expected `until` of at most `training.max_steps`, 100, found 101",
+        ),
+        ("[{name: a, until: 10}, {name: a}]", "two stages are called `a`"),
+        ("[{name: ' '}]", "`stages.0.name` is empty"),
+        ("[{until: 3}]", "`stages.0.name` is missing"),
+        ("[{name: a, untl: 3}]", "unknown key `stages.0.untl`"),
+        ("[{name: a, until: 0}]", "wrong value for `stages.0.until`"),
+        ("[{name: a, until: 1.5}]", "wrong value for `stages.0.until`"),
+        ("[{name: a, sigma: [0.5, 0.5]}]", "wrong value for `stages.0.sigma`"),
+        ("three", "wrong value for `stages`"),
+    ] {
+        let error = with_stages(stages).expect_err(stages);
+        assert!(error.to_string().contains(says), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
 }
 
 #[test]
@@ -204,10 +242,14 @@ fn unusual() -> Config {
          checkpointing: selective, mode: full}",
         "lora={rank: 3, alpha: 0.1, rslora: true, init: kaiming, target_modules: ['re:^a\\.\"b', {name: '*', rank: 2}]}",
         "data={path: /d/图片, resolution: [512, 768], default_caption: 'yes', max_sequence_length: 99, \
-         caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c}",
+         caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c, \
+         filter: {min_size: 7}, masks: ~/m}",
+        "regions={person: 0.5, limbs: 3, hands: 6, gamma: 1, floor: 0.1}",
         "flow={sampling: uniform, logit_mean: -0.5, logit_std: 2, shift: 2.2255, sigma_min: 0.01, sigma_max: 0.99, \
          weighting: bell}",
         "save={every: 1, keep: 0, dtype: f16}",
+        "stages=[{name: a, until: 0.25, learning_rate: 0.5, target_modules: [qkv, 're:x'], sigma: [0.1, 0.9], \
+         resolution: [64, 80], filter: {paths: ['h/*'], captions: [手]}}, {name: b, until: 30}, {name: c}]",
         "evaluation={every: 0, num_sigmas: 9}",
         "preview={every: 7, prompts: [一只猫, 'yes'], negative_prompt: '', seeds: [3, 4], steps: 5, size: 16:9, guidance: 1.5}",
     ])
@@ -225,8 +267,8 @@ fn the_resolved_file_parses_back_to_itself() {
     }
     for (key, default) in reference::keys().iter().filter_map(|k| Some((k, default_of(k)?))) {
         let unusual = lookup(&unusual().write(), key);
-        // `optimizer` and `stages` have one value only.
-        assert!(unusual != default || ["training.optimizer", "stages"].contains(&key.as_str()), "{key} is the default");
+        // `optimizer` has one value only.
+        assert!(unusual != default || key == "training.optimizer", "{key} is the default");
     }
 }
 
@@ -247,7 +289,7 @@ fn lookup_node<'a>(root: &'a Node, key: &str) -> &'a Node {
 #[test]
 fn the_embedded_config_holds_no_path_and_sorted_keys() {
     let json = unusual().embedded_json();
-    for path in ["/m/", "/t/", "/d/", "/runs", "~/c", "cuda", "cache_dir"] {
+    for path in ["/m/", "/t/", "/d/", "~/m", "/runs", "~/c", "cuda", "cache_dir"] {
         assert!(!json.contains(path), "{path} in {json}");
     }
     for kept in [r#""path":"qwen""#, r#""path":"图片""#, r#""transformer":"a b.safetensors""#, r#""max_steps":77"#] {

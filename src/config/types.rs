@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use candle_core::DType;
 use serde_json::{Value as Json, json};
 use std::fmt;
+use std::path::PathBuf;
 
 /// Rank of an adapter: at least 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -433,27 +434,38 @@ impl Field for Betas {
     }
 }
 
-/// The stages of a staged training. This version has none: only the empty list is a value.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stages;
+/// Where the masks of the images are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Masks {
+    /// No masks are used.
+    None,
+    /// `name.mask.png` beside `name.jpg`.
+    Beside,
+    /// In a folder, under the path of the image with the ending `.png`.
+    Folder(PathBuf),
+}
 
-impl Field for Stages {
+impl Field for Masks {
     fn kind() -> String {
-        "an empty list".into()
+        "`none` or `beside` or a folder".into()
     }
     fn schema() -> Json {
-        json!({"type": "array", "maxItems": 0})
+        json!({"type": "string"})
     }
     fn read(node: &Node, at: &At) -> Result<Self> {
         match &node.content {
-            Content::List(list) if list.is_empty() => Ok(Self),
-            Content::Null => Ok(Self),
-            _ => Err(Error::usage(format!("`{}` is not supported yet {}", at.key(), at.place(&node.place)))
-                .detail("this version trains in one stage and does not ignore the others")
-                .hint("remove `stages`, or start one run per stage")),
+            Content::Text(t) if t == "none" => Ok(Self::None),
+            Content::Text(t) if t == "beside" => Ok(Self::Beside),
+            Content::Text(t) if t.is_empty() => Err(at.unexpected(node, Self::kind())),
+            Content::Text(t) => Ok(Self::Folder(t.into())),
+            _ => Err(at.unexpected(node, Self::kind())),
         }
     }
     fn write(&self) -> Node {
-        Node::made(Content::List(Vec::new()))
+        match self {
+            Self::None => Node::text("none"),
+            Self::Beside => Node::text("beside"),
+            Self::Folder(folder) => folder.write(),
+        }
     }
 }

@@ -1,7 +1,10 @@
 //! A folder of captioned images: `name.txt` beside `name.jpg`, `.png` or `.webp`.
 
+use crate::config::Masks;
 use crate::data::files::{self, FoundImage};
+use crate::data::filter::LeftOut;
 use crate::data::image::{self, Size};
+use crate::data::mask;
 use crate::error::{Error, Result};
 use crate::progress;
 use ::image::RgbImage;
@@ -28,6 +31,19 @@ pub struct Item {
     pub image_hash: blake3::Hash,
     /// The caption, without surrounding white space. May be empty.
     pub caption: String,
+    /// The mask file beside it, whether masks are used or not; as `path`.
+    pub mask_beside: Option<String>,
+    /// Its mask, if masks are used.
+    pub mask: Option<Mask>,
+}
+
+/// The file of an image's mask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mask {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Hash of the file's bytes.
+    pub hash: blake3::Hash,
 }
 
 impl Dataset {
@@ -94,6 +110,81 @@ impl Dataset {
         Ok(Self { root: root.into(), items, notices })
     }
 
+    /// Gives the items their masks, as `data.masks` says where they are.
+    ///
+    /// Errors (usage): no image has one; a mask that cannot be read, or whose shape is not its image's.
+    pub fn use_masks(&mut self, masks: &Masks) -> Result<()> {
+        let of = |item: &Item| -> Option<PathBuf> {
+            match masks {
+                Masks::None => None,
+                Masks::Beside => item.mask_beside.as_ref().map(|mask| self.root.join(mask)),
+                Masks::Folder(folder) => Some(folder.join(Path::new(&item.path).with_extension("png"))),
+            }
+        };
+        let paths: Vec<Option<PathBuf>> = self.items.iter().map(of).map(|path| path.filter(|p| p.is_file())).collect();
+        for (item, path) in self.items.iter_mut().zip(paths) {
+            item.mask = path.map(|path| mask::open(path, item)).transpose()?;
+        }
+        let names = |wanted: fn(&Item) -> bool| -> Vec<&str> {
+            self.items.iter().filter(|i| wanted(i)).map(|i| i.path.as_str()).collect()
+        };
+        let without = names(|item| item.mask.is_none());
+        match masks {
+            Masks::None => {
+                let unused = names(|item| item.mask_beside.is_some());
+                if !unused.is_empty() {
+                    let files = count(unused.len(), "image");
+                    self.notices.push(format!(
+                        "masks of {files} are not used, as `data.masks` is `none`: {}",
+                        name_some(&unused)
+                    ));
+                }
+            }
+            _ if without.len() == self.items.len() => {
+                let first = Path::new(without[0]).with_extension("");
+                let expected = match masks {
+                    Masks::Folder(folder) => folder.join(first.with_extension("png")),
+                    _ => self.root.join(format!("{}.mask.png", first.display())),
+                };
+                return Err(Error::usage("`data.masks` asks for masks, and no image has one")
+                    .expected(format!("files such as `{}`", expected.display()), "none")
+                    .hint("white trains, black hardly does; without masks set `data.masks: none`"));
+            }
+            _ if !without.is_empty() => {
+                let images = count(without.len(), "image");
+                self.notices.push(format!("{images} without a mask, trained evenly: {}", name_some(&without)));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Leaves out the items for which `rule` gives a reason, and gives the reasons. The other items move up: indices
+    /// from before mean nothing any more. Errors (usage): nothing is left.
+    pub fn leave_out(&mut self, mut rule: impl FnMut(usize, &Item) -> Option<LeftOut>) -> Result<Vec<LeftOut>> {
+        let reasons: Vec<Option<LeftOut>> = self.items.iter().enumerate().map(|(i, item)| rule(i, item)).collect();
+        let mut kept = reasons.iter().map(Option::is_none);
+        self.items.retain(|_| kept.next().expect("one reason for each item"));
+        let left_out: Vec<LeftOut> = reasons.into_iter().flatten().collect();
+        if let (true, Some(first)) = (self.items.is_empty(), left_out.first()) {
+            return Err(Error::usage(format!(
+                "`data.filter` leaves out all of the {}",
+                count(left_out.len(), "image")
+            ))
+            .detail(format!("{}: {}", first.path, first.reason))
+            .hint("ask for less in `data.filter`"));
+        }
+        let mut by_rule: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for image in &left_out {
+            by_rule.entry(image.rule).or_default().push(&image.path);
+        }
+        for (rule, paths) in by_rule {
+            let images = count(paths.len(), "image");
+            self.notices.push(format!("`data.filter.{rule}` leaves out {images}: {}", name_some(&paths)));
+        }
+        Ok(left_out)
+    }
+
     /// The folder.
     pub fn root(&self) -> &Path {
         &self.root
@@ -116,15 +207,19 @@ impl Dataset {
         captions.into_iter().collect()
     }
 
-    /// Identity of the images and captions, whatever their names and order: the hex hash of all pairs of image hash
-    /// and caption, sorted.
+    /// Identity of the images, captions and masks, whatever their names and order: the hex hash of all triples of image
+    /// hash, caption and mask hash, sorted.
     pub fn hash(&self) -> String {
-        let mut pairs: Vec<(&[u8; 32], &str)> =
-            self.items.iter().map(|i| (i.image_hash.as_bytes(), i.caption.as_str())).collect();
-        pairs.sort_unstable();
+        let mask = |i: &'_ Item| i.mask.as_ref().map(|mask| *mask.hash.as_bytes());
+        let mut triples: Vec<(&[u8; 32], &str, Option<[u8; 32]>)> =
+            self.items.iter().map(|i| (i.image_hash.as_bytes(), i.caption.as_str(), mask(i))).collect();
+        triples.sort_unstable();
         let mut hasher = blake3::Hasher::new();
-        for (image, caption) in pairs {
+        for (image, caption, mask) in triples {
             hasher.update(image).update(&(caption.len() as u64).to_le_bytes()).update(caption.as_bytes());
+            if let Some(mask) = mask {
+                hasher.update(b"mask").update(&mask);
+            }
         }
         hasher.finalize().to_hex().to_string()
     }
@@ -152,7 +247,9 @@ fn read_item(root: &Path, found: &FoundImage, default_caption: &str) -> Result<I
         Some(caption) => read_caption(&root.join(caption))?,
         None => default_caption.trim().to_string(),
     };
-    Ok(Item { path: found.path.clone(), size, image_hash: blake3::hash(&bytes), caption })
+    let image_hash = blake3::hash(&bytes);
+    let mask_beside = found.mask.clone();
+    Ok(Item { path: found.path.clone(), size, image_hash, caption, mask_beside, mask: None })
 }
 
 /// Reads a caption: UTF-8, with or without byte-order mark; white space at both ends is cut off.

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use unicode_normalization::UnicodeNormalization;
 
 const READ: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
+/// What a mask's name has between its image's stem and `.png`.
+const MASK: &str = ".mask";
 /// Extensions that a person would take for an image of the dataset, but that are not read.
 const NOT_READ: [&str; 12] = ["avif", "bmp", "gif", "heic", "heif", "ico", "jfif", "jxl", "psd", "svg", "tif", "tiff"];
 
@@ -27,13 +29,15 @@ pub struct FoundImage {
     pub path: String,
     /// `name.txt` beside `name.jpg`.
     pub caption: Option<String>,
+    /// `name.mask.png` beside `name.jpg`.
+    pub mask: Option<String>,
 }
 
 /// Lists `root` and the folders in it. Extensions are compared without case; hidden files and folders (`.name`) are
 /// passed over, other files ignored; symbolic links are followed.
 ///
 /// Images are sorted by relative path in Unicode's composed form, because some file systems decompose names.
-/// `a.jpg` and `a.png` share the caption `a.txt`.
+/// `a.jpg` and `a.png` share the caption `a.txt` and the mask `a.mask.png`, which is no image of its own.
 /// Errors: a folder that cannot be read, a link in a circle or to nowhere, an image whose name is not Unicode.
 pub fn list(root: &Path) -> Result<Listing> {
     if !root.is_dir() {
@@ -48,15 +52,26 @@ pub fn list(root: &Path) -> Result<Listing> {
 
     let captions: BTreeMap<String, &String> =
         paths.iter().filter(|p| extension(p) == "txt").map(|p| (stem(p).to_string(), p)).collect();
+    let is_image = |path: &str| READ.contains(&extension(path).as_str());
+    let stems: BTreeSet<&str> = paths.iter().filter(|p| is_image(p)).map(|p| stem(p)).collect();
+    let masks: BTreeMap<&str, &String> =
+        paths.iter().filter(|p| extension(p) == "png").filter_map(|p| Some((stem(p).strip_suffix(MASK)?, p))).collect();
+    let is_mask = |path: &str| {
+        let image = stem(path).strip_suffix(MASK);
+        image.is_some_and(|image| stems.contains(image) && masks.get(image).is_some_and(|mask| *mask == path))
+    };
     let mut listing = Listing::default();
     let mut claimed = BTreeSet::new();
     for path in &paths {
         let extension = extension(path);
+        if is_mask(path) {
+            continue;
+        }
         if READ.contains(&extension.as_str()) {
             claimed.insert(stem(path));
-            listing
-                .images
-                .push(FoundImage { path: path.clone(), caption: captions.get(stem(path)).map(|&c| c.clone()) });
+            let caption = captions.get(stem(path)).map(|&c| c.clone());
+            let mask = masks.get(stem(path)).map(|&m| m.clone());
+            listing.images.push(FoundImage { path: path.clone(), caption, mask });
         } else if NOT_READ.contains(&extension.as_str()) {
             claimed.insert(stem(path));
             listing.skipped.push((path.clone(), format!("{extension} is not read; convert it to jpg, png or webp")));
@@ -132,6 +147,8 @@ mod tests {
             "notes.md",
             "d.heic",
             "d.txt",
+            "b/猫.mask.png",
+            "alone.mask.png",
         ] {
             let path = dir.path().join(name);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -143,11 +160,14 @@ mod tests {
         let expected = [
             ("a.jpg", Some("a.txt")),
             ("a.png", Some("a.txt")),
+            ("alone.mask.png", None),
             ("b/猫.webp", Some("b/猫.txt")),
             ("z.JPG", Some("z.TXT")),
             (decomposed, None),
         ];
         assert_eq!(found, expected);
+        let masks: Vec<&str> = listing.images.iter().filter_map(|i| i.mask.as_deref()).collect();
+        assert_eq!(masks, ["b/猫.mask.png"], "a mask of no image is an image");
         assert_eq!(listing.skipped.len(), 1);
         assert!(listing.skipped[0].1.contains("heic"));
         assert_eq!(listing.lone_captions, ["lone.txt"]);

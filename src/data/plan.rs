@@ -28,12 +28,20 @@ pub struct PlanSettings {
 #[derive(Debug)]
 pub struct Plan {
     settings: PlanSettings,
+    origin: Origin,
     /// Items to train on, by bucket, ascending.
     groups: Vec<(Bucket, Vec<usize>)>,
     held_out: Vec<Sample>,
     batches_per_epoch: u64,
     /// The layout of the epoch asked for last: steps come in order.
     recent: Mutex<Option<(u64, Arc<Layout>)>>,
+}
+
+/// Where a plan begins in the run: its first step, and the number of its first epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Origin {
+    step: u64,
+    epoch: u64,
 }
 
 /// The batches of an epoch in order: shape and items.
@@ -81,7 +89,23 @@ impl Plan {
         }
         let order = Stream::new(settings.seed, 0, 0, Purpose::Split).permutation(items.len());
         let kept_out: BTreeSet<usize> = order[..settings.held_out].iter().map(|&i| items[i]).collect();
+        Ok(Self::of(samples, settings, &kept_out, Origin::default()))
+    }
 
+    /// The plan that takes over from this one at `step` with other samples of the same data set: a new epoch begins, and
+    /// what is held out here stays held out. `None` if nothing of `samples` is left to train on.
+    pub fn followed_by(&self, samples: &[Sample], step: u64) -> Option<Self> {
+        let kept_out: BTreeSet<usize> = self.held_out.iter().map(|s| s.item).collect();
+        // An epoch that is broken off counts, so that the next one is shuffled anew.
+        let done = step.saturating_sub(self.origin.step).div_ceil(self.batches_per_epoch);
+        let origin = Origin { step, epoch: self.origin.epoch + done };
+        let mut next = Self::of(samples, self.settings, &kept_out, origin);
+        next.held_out = self.held_out.clone();
+        (next.batches_per_epoch > 0).then_some(next)
+    }
+
+    /// Groups the samples into what is trained on and what is held out.
+    fn of(samples: &[Sample], settings: PlanSettings, kept_out: &BTreeSet<usize>, origin: Origin) -> Self {
         let mut groups: BTreeMap<Bucket, BTreeSet<usize>> = BTreeMap::new();
         let mut held_out = BTreeSet::new();
         for &sample in samples {
@@ -95,14 +119,16 @@ impl Plan {
             groups.into_iter().map(|(bucket, items)| (bucket, items.into_iter().collect())).collect();
         let batches_per_epoch = groups.iter().map(|(_, items)| items.len().div_ceil(settings.batch_size) as u64).sum();
         let held_out = held_out.into_iter().collect();
-        Ok(Self { settings, groups, held_out, batches_per_epoch, recent: Mutex::new(None) })
+        Self { settings, origin, groups, held_out, batches_per_epoch, recent: Mutex::new(None) }
     }
 
-    /// The batch of a step. The same for any two plans of the same samples and settings, whatever was asked before.
+    /// The batch of a step, which must not lie before the plan's beginning. The same for any two plans of the same
+    /// samples and settings, whatever was asked before.
     pub fn batch(&self, step: u64) -> PlannedBatch {
-        let epoch = step / self.batches_per_epoch;
+        let place = step - self.origin.step;
+        let epoch = self.origin.epoch + place / self.batches_per_epoch;
         let layout = self.layout(epoch);
-        let (bucket, items) = &layout[(step % self.batches_per_epoch) as usize];
+        let (bucket, items) = &layout[(place % self.batches_per_epoch) as usize];
         let items =
             items.iter().map(|&item| PlannedItem { item, caption_dropped: self.drops_caption(step, item) }).collect();
         PlannedBatch { step, epoch, bucket: *bucket, items }
@@ -255,6 +281,28 @@ mod tests {
             (0..200).filter(|&step| plan.drops_caption(step, 0)).count()
         };
         assert_eq!((count(0.0), count(1.0)), (0, 200));
+    }
+
+    #[test]
+    fn a_plan_that_takes_over_begins_an_epoch_and_keeps_what_is_held_out() {
+        let first = Plan::new(&samples(), PlanSettings { held_out: 5, ..SETTINGS }).unwrap();
+        let kept_out: BTreeSet<usize> = first.held_out().iter().map(|s| s.item).collect();
+        let some: Vec<Sample> = samples().into_iter().filter(|s| s.item < 11 && s.bucket.height() == 64).collect();
+        // Two whole epochs and a batch.
+        let start = 2 * first.batches_per_epoch() + 1;
+        let next = first.followed_by(&some, start).unwrap();
+        assert_eq!(next.held_out(), first.held_out());
+        let epoch: Vec<PlannedBatch> = (start..start + next.batches_per_epoch()).map(|n| next.batch(n)).collect();
+        let mut seen: Vec<usize> = epoch.iter().flat_map(|b| b.items.iter().map(|i| i.item)).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..11).filter(|i| !kept_out.contains(i)).collect::<Vec<_>>());
+        assert!(epoch.iter().enumerate().all(|(i, b)| (b.step, b.epoch) == (start + i as u64, 3)));
+        assert_eq!(epoch[0].items[0].caption_dropped, next.drops_caption(start, epoch[0].items[0].item));
+        let held_out: Vec<Sample> = first.held_out().to_vec();
+        assert!(first.followed_by(&held_out, start).is_none(), "nothing but held-out images");
+        // The same samples in another epoch come in another order.
+        let again = first.followed_by(&samples(), start).unwrap();
+        assert!((0..8).any(|i| again.batch(start + i).items != first.batch(i).items));
     }
 
     #[test]

@@ -20,17 +20,37 @@ const PRECISION_BITS: u32 = 32 - 8 - 2;
 /// Errors: an image or a target without pixels.
 pub fn cover_crop(image: &RgbImage, height: usize, width: usize) -> Result<RgbImage> {
     let (w, h) = (image.width() as usize, image.height() as usize);
-    if w == 0 || h == 0 || width == 0 || height == 0 {
-        return Err(Error::run(format!("cannot resize an image of {w}x{h} to {width}x{height}")));
+    let Cover { resized: (new_h, new_w), rows, columns } = Cover::new((h, w), (height, width))?;
+    Ok(resize_window(image, new_h, new_w, rows, columns))
+}
+
+/// How an image is laid over a smaller or larger rectangle: the size it is brought to, and the part of that which is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cover {
+    /// Height and width that the image is resized to.
+    pub resized: (usize, usize),
+    /// The rows of the resized image that are kept.
+    pub rows: Range<usize>,
+    /// The columns of the resized image that are kept.
+    pub columns: Range<usize>,
+}
+
+impl Cover {
+    /// How [`cover_crop`] brings an image of `from` to `to`, each (height, width). Errors: a side of 0.
+    pub fn new(from: (usize, usize), to: (usize, usize)) -> Result<Self> {
+        let ((h, w), (height, width)) = (from, to);
+        if w == 0 || h == 0 || width == 0 || height == 0 {
+            return Err(Error::run(format!("cannot resize an image of {w}x{h} to {width}x{height}")));
+        }
+        let scale = (height as f64 / h as f64).max(width as f64 / w as f64);
+        let resized = |side: usize| (side as f64 * scale).round_ties_even() as usize;
+        let window = |covering: usize, side: usize| {
+            let start = ((covering - side) as f64 / 2.0).round_ties_even() as usize;
+            start..start + side
+        };
+        let (new_h, new_w) = (resized(h).max(height), resized(w).max(width));
+        Ok(Self { resized: (new_h, new_w), rows: window(new_h, height), columns: window(new_w, width) })
     }
-    let scale = (height as f64 / h as f64).max(width as f64 / w as f64);
-    let resized = |side: usize| (side as f64 * scale).round_ties_even() as usize;
-    let window = |covering: usize, side: usize| {
-        let start = ((covering - side) as f64 / 2.0).round_ties_even() as usize;
-        start..start + side
-    };
-    let (new_h, new_w) = (resized(h).max(height), resized(w).max(width));
-    Ok(resize_window(image, new_h, new_w, window(new_h, height), window(new_w, width)))
 }
 
 /// The part `rows` x `columns` of `image` resized to `height` x `width`.

@@ -11,6 +11,7 @@ pub mod channel_norm;
 pub mod checkpoint;
 pub mod conv;
 pub mod cpu;
+pub mod cuda;
 pub mod depthwise;
 pub mod linear;
 pub mod math;

@@ -51,8 +51,8 @@ impl Chart {
         self
     }
 
-    /// The chart as a `figure`, its x axis from 0 to `max_step`.
-    pub fn svg(&self, max_step: f64) -> String {
+    /// The chart as a `figure`, its x axis from 0 to `max_step`, with a dashed line where each of the `stages` begins.
+    pub fn svg(&self, max_step: f64, stages: &[(f64, &str)]) -> String {
         let mut out = format!("<figure id=\"{}\">\n<figcaption>{}", self.id, escape(self.title));
         if self.series.len() > 1 {
             for Series { name, style, .. } in &self.series {
@@ -98,6 +98,16 @@ impl Chart {
                 x(tick),
                 HEIGHT - 8.0,
                 tick.round()
+            );
+        }
+        for &(start, name) in stages {
+            let (at, bottom, label) = (x(start), HEIGHT - BOTTOM, x(start) + 4.0);
+            let _ = writeln!(
+                out,
+                "<line class=\"stage\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{TOP}\" y2=\"{bottom}\"/>\
+                 <text x=\"{label:.1}\" y=\"{}\">{}</text>",
+                TOP + 10.0,
+                escape(name)
             );
         }
         for Series { name, style, points } in &self.series {
@@ -187,8 +197,10 @@ mod tests {
     #[test]
     fn an_empty_chart_says_so_and_one_point_is_drawn() {
         let chart = || Chart::new("loss", "Loss");
-        assert!(chart().with("a", Style::Line, Vec::new()).svg(10.0).contains("nothing was measured"));
-        let svg = chart().with("a", Style::Dots, vec![(5.0, 1.0)]).svg(10.0);
+        assert!(chart().with("a", Style::Line, Vec::new()).svg(10.0, &[]).contains("nothing was measured"));
+        let svg = chart().with("a", Style::Dots, vec![(5.0, 1.0)]).svg(10.0, &[]);
         assert!(svg.contains("<circle") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        let svg = chart().with("a", Style::Dots, vec![(5.0, 1.0)]).svg(10.0, &[(0.0, "one"), (5.0, "t<o")]);
+        assert!(svg.matches("class=\"stage\"").count() == 2 && svg.contains(">t&lt;o</text>"), "{svg}");
     }
 }

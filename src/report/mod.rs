@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::io::write_atomic;
 use crate::train::run_dir::RunDir;
+use crate::train::stages::Course;
 use chart::{Chart, Style};
 use curves::Curves;
 use std::fmt::Write as _;
@@ -20,12 +21,13 @@ pub struct Page {
     dir: RunDir,
     config: Config,
     facts: Vec<(&'static str, String)>,
+    course: Course,
 }
 
 impl Page {
     /// For the run in `dir`; `facts` are what is known of data set and network.
-    pub fn new(config: &Config, dir: &RunDir, facts: Vec<(&'static str, String)>) -> Self {
-        Self { dir: dir.clone(), config: config.clone(), facts }
+    pub fn new(config: &Config, dir: &RunDir, facts: Vec<(&'static str, String)>, course: &Course) -> Self {
+        Self { dir: dir.clone(), config: config.clone(), facts, course: course.clone() }
     }
 
     /// Writes the page after `step` steps, atomically. Gives a note if that fails: a run does not end for its report.
@@ -53,8 +55,10 @@ impl Page {
             summary(curves),
         );
         page.push_str("<section class=\"charts\">\n");
-        self.charts(curves).iter().for_each(|chart| page.push_str(&chart.svg(max_steps as f64)));
+        let stages: Vec<(f64, &str)> = self.course.named().map(|(name, s)| (s.steps.start as f64, name)).collect();
+        self.charts(curves).iter().for_each(|chart| page.push_str(&chart.svg(max_steps as f64, &stages)));
         page.push_str("</section>\n");
+        self.stages(step, &mut page);
         page.push_str(&pictures::section(&self.dir, &self.config.preview));
         page.push_str("<h2>Data and network</h2>\n<table>\n");
         for (what, value) in &self.facts {
@@ -64,6 +68,24 @@ impl Page {
         page.push_str(&escape(&self.config.to_yaml()));
         page.push_str("</pre>\n</body>\n</html>\n");
         page
+    }
+
+    /// The stages, with a mark at the one that the run is in.
+    fn stages(&self, step: u64, page: &mut String) {
+        if self.course.named().next().is_none() {
+            return;
+        }
+        page.push_str("<h2>Stages</h2>\n<table>\n");
+        for (name, stage) in self.course.named() {
+            let state = match step {
+                _ if step >= stage.steps.end => "done",
+                _ if step >= stage.steps.start => "running",
+                _ => "to come",
+            };
+            let about = escape(&stage.description());
+            let _ = writeln!(page, "<tr><th>{}</th><td>{about}</td><td>{state}</td></tr>", escape(name));
+        }
+        page.push_str("</table>\n");
     }
 
     fn charts(&self, curves: &Curves) -> Vec<Chart> {
@@ -119,7 +141,7 @@ figcaption { font-weight: 600; display: flex; gap: 16px; align-items: baseline; 
 .key.faint::before { background: var(--faint); }
 svg { width: 100%; height: auto; display: block; margin-top: 6px; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
-.grid { stroke: var(--line); } .line, .dots { fill: none; stroke: var(--curve); stroke-width: 2; stroke-linejoin: round; }
+.grid { stroke: var(--line); } .stage { stroke: var(--soft); stroke-dasharray: 3 3; } .line, .dots { fill: none; stroke: var(--curve); stroke-width: 2; stroke-linejoin: round; }
 .faint { fill: none; stroke: var(--faint); stroke-width: 1; } circle { fill: var(--curve); }
 .none { color: var(--soft); }
 .strip { overflow-x: auto; margin: 4px 0 16px; }

@@ -1,14 +1,16 @@
 //! From a planned batch to a noisy one: a pure function of (config, seed, batch number).
 
 use crate::cache::CachedSamples;
-use crate::config::{Config, LossWeighting};
-use crate::data::{Batch, PlannedBatch};
+use crate::config::{Config, LossWeighting, SigmaRange};
+use crate::data::{Batch, PlannedBatch, Sample};
 use crate::error::Result;
 use crate::flow::FlowMatchEuler;
 use crate::flow::loss::{CaptionWeight, Weighting};
 use crate::flow::sigma::SigmaSampler;
 use crate::model::vae::pack;
 use crate::rng::{Purpose, Stream};
+use crate::train::regions::RegionWeights;
+use crate::train::stages::Timeline;
 use crate::train::step::NoisyBatch;
 use candle_core::{DType, Device, Tensor};
 
@@ -16,9 +18,13 @@ use candle_core::{DType, Device, Tensor};
 pub struct Batches {
     samples: CachedSamples,
     seed: u64,
+    /// The noise levels of the run, at which the held-out loss is measured in all stages.
     sigmas: SigmaSampler,
+    /// The noise levels of each batch.
+    stage_sigmas: Timeline<SigmaSampler>,
     weighting: LossWeighting,
     caption_weight: CaptionWeight,
+    regions: RegionWeights,
 }
 
 /// A batch ready for the network, and what the metrics say of it.
@@ -34,31 +40,50 @@ pub struct TrainBatch {
 }
 
 impl Batches {
-    /// Batches from these caches, with the noise levels and loss weights of the config.
-    pub fn new(config: &Config, samples: CachedSamples, scheduler: FlowMatchEuler) -> Self {
-        Self {
+    /// Batches from these caches, with the noise levels and loss weights of the config, and the weights of regions.
+    ///
+    /// Errors: stages that do not fit the run.
+    pub fn new(
+        config: &Config,
+        samples: CachedSamples,
+        regions: RegionWeights,
+        scheduler: FlowMatchEuler,
+    ) -> Result<Self> {
+        let sigmas = SigmaSampler::new(&config.flow, scheduler.clone());
+        let mut stage_sigmas = Timeline::new(sigmas.clone());
+        for (steps, stage) in config.stages.spans(config.training.max_steps)? {
+            let mut flow = config.flow.clone();
+            (flow.sigma_min, flow.sigma_max) = stage.sigma.map_or((flow.sigma_min, flow.sigma_max), SigmaRange::get);
+            let start = steps.start * config.training.gradient_accumulation as u64;
+            stage_sigmas.then(start, SigmaSampler::new(&flow, scheduler.clone()));
+        }
+        Ok(Self {
             samples,
             seed: config.seed,
-            sigmas: SigmaSampler::new(&config.flow, scheduler),
+            sigmas,
+            stage_sigmas,
             weighting: config.flow.weighting,
             caption_weight: CaptionWeight::new(config.data.caption_weight, config.data.caption_dropout),
-        }
+            regions,
+        })
     }
 
     /// The batch of `planned`, with noise and noise levels drawn for (seed, planned.step, item).
     pub fn training(&self, planned: &PlannedBatch) -> Result<TrainBatch> {
         let batch = self.samples.batch(planned)?;
         let tokens = image_tokens(&batch);
-        let sigma = |&item: &usize| {
-            self.sigmas.draw(&mut Stream::new(self.seed, planned.step, item as u64, Purpose::Sigma), tokens)
-        };
+        let levels = self.stage_sigmas.at(planned.step);
+        let sigma =
+            |&item: &usize| levels.draw(&mut Stream::new(self.seed, planned.step, item as u64, Purpose::Sigma), tokens);
         let sigmas: Vec<f64> = batch.items.iter().map(sigma).collect();
         // Per batch, because the noise levels depend on the image size.
-        let weighting = Weighting::new(self.weighting, |q| self.sigmas.quantile(q, tokens));
+        let weighting = Weighting::new(self.weighting, |q| levels.quantile(q, tokens));
         let weights = sigmas.iter().zip(&batch.caption_dropped);
         let weights = weights.map(|(&s, &dropped)| weighting.at(s) * self.caption_weight.of(dropped)).collect();
+        let mut noisy = self.mix(&batch, &sigmas, weights, |item| (planned.step, item, Purpose::Noise))?;
+        noisy.pixel_weights = self.pixel_weights(&batch, planned.step)?;
         Ok(TrainBatch {
-            noisy: self.mix(&batch, &sigmas, weights, |item| (planned.step, item, Purpose::Noise))?,
+            noisy,
             captions_dropped: batch.caption_dropped.iter().filter(|&&d| d).count(),
             items: batch.items,
             epoch: planned.epoch,
@@ -71,6 +96,22 @@ impl Batches {
         let sigma = self.sigmas.quantile((index as f64 + 0.5) / count as f64, image_tokens(&batch));
         let sigmas = vec![sigma; batch.len()];
         self.mix(&batch, &sigmas, vec![1.0; batch.len()], |item| (index as u64, item, Purpose::HeldOut))
+    }
+
+    /// The weights of masks and regions, packed: (B, S_img, 4). `None` if all are 1.
+    fn pixel_weights(&self, batch: &Batch, n: u64) -> Result<Option<Tensor>> {
+        let (samples, _, height, width) = batch.latents.dims4()?;
+        let of = |&item: &usize| {
+            let sample = Sample { bucket: batch.bucket, item };
+            self.regions.of(sample, n, self.samples.mask(sample)?.as_deref())
+        };
+        let weights: Vec<Option<Vec<f32>>> = batch.items.iter().map(of).collect::<Result<_>>()?;
+        if weights.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let even = || vec![1.0; height * width];
+        let weights: Vec<f32> = weights.into_iter().flat_map(|w| w.unwrap_or_else(even)).collect();
+        Ok(Some(pack(&Tensor::from_vec(weights, (samples, 1, height, width), &Device::Cpu)?)?))
     }
 
     fn mix(

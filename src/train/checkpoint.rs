@@ -29,6 +29,12 @@ pub struct State {
     pub base_fingerprint: String,
     /// The resolved config, as YAML.
     pub config: String,
+    /// The checksum of each other file of the checkpoint, by name, in hex (BLAKE3). Checkpoints of early versions have none.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
+    /// The checksum of all of the above; empty in checkpoints of early versions.
+    #[serde(default)]
+    pub checksum: String,
 }
 
 /// The version written by this program.
@@ -84,13 +90,22 @@ impl Checkpoint {
             Weights::Full(tensors) => write(&part.join(WEIGHTS), raw(tensors)?, &BTreeMap::new())?,
         }
         write(&part.join(OPTIMIZER), raw(&self.optimizer)?, &BTreeMap::new())?;
-        let json = serde_json::to_vec_pretty(&self.state).expect("the state is plain data");
+        let mut state = self.state.clone();
+        for name in [ADAPTER, WEIGHTS, OPTIMIZER] {
+            // Read back, so that what the disk holds is what is vouched for.
+            if part.join(name).exists() {
+                state.files.insert(name.into(), checksum(&part.join(name))?);
+            }
+        }
+        state.checksum = state.own_checksum();
+        let json = serde_json::to_vec_pretty(&state).expect("the state is plain data");
         write_atomic(&part.join(STATE), |file| file.write_all(&json))
     }
 
     /// Reads a checkpoint. Errors: a missing or damaged file, a layout of another version.
     pub fn load(folder: &Path, device: &Device) -> Result<Self> {
         let state = State::load(folder)?;
+        state.check_files(folder)?;
         let weights = match folder.join(WEIGHTS).exists() {
             true => Weights::Full(read(&folder.join(WEIGHTS), device)?),
             false => Weights::Adapter(read_raw(&folder.join(ADAPTER), device)?),
@@ -112,12 +127,52 @@ impl State {
                 .expected(FORMAT, state.format)
                 .hint("resume with the version of qwen-lora that wrote it"));
         }
+        if !state.checksum.is_empty() && state.checksum != state.own_checksum() {
+            return Err(damaged(&path));
+        }
         Ok(state)
+    }
+
+    /// The checksum of everything but itself.
+    fn own_checksum(&self) -> String {
+        let bare = Self { checksum: String::new(), ..self.clone() };
+        let json = serde_json::to_vec(&bare).expect("the state is plain data");
+        blake3::hash(&json).to_hex().to_string()
+    }
+
+    /// Compares the checkpoint's files with their checksums. Errors: a file that is gone or was changed.
+    pub fn check_files(&self, folder: &Path) -> Result<()> {
+        self.files.keys().try_for_each(|name| self.check_file(folder, name))
+    }
+
+    fn check_file(&self, folder: &Path, name: &str) -> Result<()> {
+        let path = folder.join(name);
+        match self.files.get(name) {
+            Some(expected) if checksum(&path).map_err(Error::into_usage)? != *expected => Err(damaged(&path)),
+            _ => Ok(()),
+        }
     }
 }
 
-/// The raw adapter of a checkpoint folder.
+/// A file that is not as it was written.
+fn damaged(path: &Path) -> Error {
+    Error::usage(format!("`{}` is damaged: its checksum is not the one it was saved with", path.display()))
+        .hint("use an older checkpoint of the run: `--resume auto` falls back to the newest whole one")
+}
+
+/// The BLAKE3 hash of a file, in hex.
+fn checksum(path: &Path) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    let file = std::fs::File::open(path).map_err(|e| Error::io("read", path, e))?;
+    hasher.update_reader(file).map_err(|e| Error::io("read", path, e))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// The raw adapter of a checkpoint folder. Errors: a missing or damaged file.
 pub fn load_adapter(folder: &Path, device: &Device) -> Result<LoraAdapter> {
+    if folder.join(STATE).exists() {
+        State::load(folder)?.check_file(folder, ADAPTER)?;
+    }
     read_raw(&folder.join(ADAPTER), device)
 }
 

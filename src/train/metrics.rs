@@ -2,19 +2,25 @@
 
 use crate::error::{Error, Result};
 use crate::io::write_atomic;
+use crate::train::batches::TrainBatch;
+use crate::train::step::Loss;
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// What one step did.
 #[derive(Clone, Debug, Serialize)]
 pub struct StepMetrics {
     /// Steps done, this one included.
     pub step: u64,
+    /// The stage that it belongs to, in a staged run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stage: Option<String>,
     /// Epoch of the step's first batch, from 0.
     pub epoch: u64,
-    /// Weighted mean squared error, averaged over the step's batches.
+    /// Weighted mean squared error, averaged over the step's samples.
     pub loss: f64,
     /// Learning rate of the update.
     pub lr: f64,
@@ -28,6 +34,56 @@ pub struct StepMetrics {
     pub captions_dropped: usize,
     /// Seconds that the step took.
     pub step_s: f64,
+}
+
+/// Sums over the batches of one step.
+#[derive(Default)]
+pub struct StepTotals {
+    loss: f64,
+    /// In units of the first batch, so that batches of one size weigh exactly 1.
+    weight: f64,
+    sigma: f64,
+    items: Vec<usize>,
+    first_len: usize,
+    captions_dropped: usize,
+    epoch: Option<u64>,
+}
+
+impl StepTotals {
+    /// Adds a batch and its loss.
+    pub fn add(&mut self, loss: &Loss, batch: &TrainBatch) {
+        if self.items.is_empty() {
+            self.first_len = batch.items.len();
+        }
+        let weight = batch.items.len() as f64 / self.first_len as f64;
+        self.loss += weight * loss.mean;
+        self.weight += weight;
+        self.sigma += batch.noisy.sigmas.iter().map(|&s| f64::from(s)).sum::<f64>();
+        self.items.extend(&batch.items);
+        self.captions_dropped += batch.captions_dropped;
+        self.epoch.get_or_insert(batch.epoch);
+    }
+
+    /// Dataset index of each sample so far.
+    pub fn items(&self) -> &[usize] {
+        &self.items
+    }
+
+    /// The line of a step after which `step` steps are done.
+    pub fn metrics(&self, stage: Option<&str>, step: u64, lr: f64, grad_norm: f64, took: Duration) -> StepMetrics {
+        StepMetrics {
+            stage: stage.map(str::to_string),
+            step,
+            epoch: self.epoch.unwrap_or_default(),
+            loss: self.loss / self.weight,
+            lr,
+            grad_norm,
+            sigma_mean: self.sigma / self.items.len() as f64,
+            samples: self.items.len(),
+            captions_dropped: self.captions_dropped,
+            step_s: took.as_secs_f64(),
+        }
+    }
 }
 
 /// A measurement of the held-out loss.

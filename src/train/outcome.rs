@@ -2,11 +2,11 @@
 
 use crate::config::{Config, TrainingMode};
 use crate::error::Result;
-use crate::model::source::PipelineFolder;
 use crate::model::transformer::TransformerConfig;
 use crate::train::metrics::HeldOutMetrics;
 use crate::train::run_dir::RunDir;
 use crate::train::setup::{self, RunData};
+use crate::train::stages::Course;
 use crate::train::trainable::Trainable;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
@@ -44,7 +44,7 @@ pub struct Report {
 
 impl Report {
     /// A report on the run that begins now.
-    pub fn new(dir: &RunDir, trainable: &Trainable, first_step: u64) -> Self {
+    pub fn new(config: &Config, dir: &RunDir, trainable: &Trainable, first_step: u64) -> Self {
         Self {
             dir: dir.clone(),
             modules: trainable.names().len() / 2,
@@ -52,7 +52,7 @@ impl Report {
             began: Instant::now(),
             first_step,
             last_step: first_step,
-            full: false,
+            full: config.training.mode == TrainingMode::Full,
             first_held_out: None,
             last_held_out: None,
         }
@@ -65,8 +65,8 @@ impl Report {
     }
 
     /// Notes the end.
-    pub fn finish(&mut self, full: bool, last_step: u64) {
-        (self.full, self.last_step) = (full, last_step);
+    pub fn finish(&mut self, last_step: u64) {
+        self.last_step = last_step;
     }
 }
 
@@ -84,18 +84,19 @@ pub struct DryRun {
     modules: usize,
     trainable_params: usize,
     base_params: usize,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    stages: Vec<String>,
     notes: Vec<String>,
 }
 
 impl DryRun {
     /// Counts what would be trained. Errors: targets that do not fit the model.
-    pub fn new(config: &Config, data: &RunData, pipeline: &PipelineFolder) -> Result<Self> {
-        let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
+    pub fn new(config: &Config, data: &RunData, course: &Course, transformer: &TransformerConfig) -> Result<Self> {
         let base_params = transformer.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
         let (modules, trainable_params) = match config.training.mode {
             TrainingMode::Full => (0, base_params),
             TrainingMode::Lora => {
-                let targets = setup::targets(config, &transformer)?;
+                let targets = setup::targets(config, transformer)?;
                 (targets.len(), targets.iter().map(|t| t.rank * (t.in_features + t.out_features)).sum())
             }
         };
@@ -116,6 +117,7 @@ impl DryRun {
             modules,
             trainable_params,
             base_params,
+            stages: course.lines(),
             notes: data.notices.clone(),
         })
     }
@@ -225,6 +227,7 @@ impl fmt::Display for DryRun {
             self.samples_per_epoch, self.batches_per_epoch, self.held_out_samples
         )?;
         writeln!(f, "run         {} steps, {:.1} epochs", self.max_steps, self.epochs)?;
+        self.stages.iter().try_for_each(|stage| writeln!(f, "stage       {stage}"))?;
         writeln!(f, "base        {:.1} M parameters", self.base_params as f64 / 1e6)?;
         let modules = if self.modules > 0 { format!(" in {} modules", self.modules) } else { String::new() };
         writeln!(f, "trained     {:.2} M parameters{modules}", self.trainable_params as f64 / 1e6)?;

@@ -3,6 +3,7 @@
 use crate::cache::encode::CacheReport;
 use crate::progress::tell;
 use crate::train::metrics::{HeldOutMetrics, StepMetrics};
+use crate::train::stages::Stage;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -78,6 +79,14 @@ impl Progress {
             self.bar.set_position(first_step);
             self.bar.reset_eta();
         }
+    }
+
+    /// A stage begins, or goes on in a resumed run.
+    pub fn stage(&mut self, stage: &Stage) {
+        let Some(name) = stage.name.as_deref().filter(|_| !self.quiet) else { return };
+        // Above the bar, which is drawn again by the next step.
+        self.bar.suspend(|| tell(format_args!("stage {stage}")));
+        self.bar.set_prefix(format!("training · {name}"));
     }
 
     /// A step is done.

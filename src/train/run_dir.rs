@@ -48,6 +48,11 @@ impl RunDir {
         self.root.join("metrics.jsonl")
     }
 
+    /// The images that `data.filter` left out, one line each.
+    pub fn filtered(&self) -> PathBuf {
+        self.root.join("filtered.jsonl")
+    }
+
     /// The folder of preview pictures.
     pub fn samples(&self) -> PathBuf {
         self.root.join("samples")

@@ -68,6 +68,8 @@ impl Saver {
                 dataset_hash: self.provenance.dataset_hash.clone(),
                 base_fingerprint: self.provenance.base_fingerprint.clone(),
                 config: self.config.clone(),
+                files: BTreeMap::new(),
+                checksum: String::new(),
             },
         };
         match &checkpoint.weights {

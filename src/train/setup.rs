@@ -1,175 +1,81 @@
-//! What happens before the first step: where the run stands, its data, its network.
+//! The parts of a run before its first step: images and batches, targets, network.
 
 use crate::adapters::file::Provenance;
 use crate::adapters::{Init, LoraAdapter, LoraScaling, Target, TargetEntry, resolve_targets};
 use crate::cache::fingerprint;
-use crate::config::{Config, LoraInit, TrainingMode};
-use crate::data::{Buckets, Dataset, Plan, PlanSettings, Sample, place};
+use crate::config::{Config, LoraInit, Resolutions, TrainingMode};
+use crate::data::{Buckets, Dataset, LeftOut, Plan, PlanSettings, Sample, Selection, Size, filter, place};
 use crate::error::{Error, Result};
 use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::VaeConfig;
-use crate::progress::tell;
-use crate::train::checkpoint::{Checkpoint, State, Weights};
-use crate::train::run_dir::{Found, RunDir};
+use crate::train::checkpoint::Weights;
+use crate::train::regions::{self, Boxes};
+use crate::train::stages::{self, Timeline};
+use crate::train::start::Start;
 use crate::train::trainable::Trainable;
 use candle_core::{DType, Device};
-
-/// Where a run begins.
-pub enum Start {
-    /// At step 0.
-    Fresh,
-    /// After a checkpoint.
-    From(Box<Checkpoint>),
-    /// It has reached its last step already.
-    Finished(State),
-}
-
-impl Start {
-    /// Looks into the run directory and decides, without changing anything.
-    ///
-    /// Errors (usage): an existing run without `resume`, another config, no whole checkpoint among those there.
-    pub fn decide(dir: &RunDir, config: &Config, resume: bool) -> Result<Self> {
-        let found = dir.look()?;
-        if !resume && found != Found::Empty {
-            return Err(occupied(dir, &found));
-        }
-        match found {
-            Found::Empty => Ok(Self::Fresh),
-            Found::Started => {
-                if let Ok(text) = std::fs::read_to_string(dir.config()) {
-                    refuse_differences(dir, config, &text)?;
-                }
-                Ok(Self::Fresh)
-            }
-            Found::Checkpoints(steps) => {
-                let newest = *steps.last().expect("a list of checkpoints is not empty");
-                let state = State::load(&dir.checkpoint(newest));
-                if let Ok(state) = &state {
-                    refuse_differences(dir, config, &state.config)?;
-                    if state.step == state.max_steps {
-                        return Ok(Self::Finished(state.clone()));
-                    }
-                }
-                last_whole(dir, config, &steps)
-            }
-        }
-    }
-
-    /// Refuses to go on with other images, captions or base weights.
-    pub fn check_inputs(&self, dir: &RunDir, dataset_hash: &str, base_fingerprint: &str) -> Result<()> {
-        let state = match self {
-            Self::Fresh => return Ok(()),
-            Self::From(checkpoint) => &checkpoint.state,
-            Self::Finished(state) => state,
-        };
-        for (what, changed, saved, now) in [
-            ("dataset", "images or captions were added, removed or changed", &state.dataset_hash, dataset_hash),
-            ("base model", "its config or weights are others", &state.base_fingerprint, base_fingerprint),
-        ] {
-            if saved != now {
-                return Err(Error::usage(format!("the run in `{}` has another {what}", dir.root().display()))
-                    .detail(changed)
-                    .expected(format!("the fingerprint {}", short(saved)), short(now))
-                    .hint("restore it to continue this run, or give a new run another `output`"));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Why nothing is started in a folder that is not empty.
-fn occupied(dir: &RunDir, found: &Found) -> Error {
-    let root = dir.root().display();
-    let newest = match found {
-        Found::Checkpoints(steps) => steps.last().and_then(|&step| State::load(&dir.checkpoint(step)).ok()),
-        Found::Empty | Found::Started => None,
-    };
-    match newest {
-        Some(state) if state.step == state.max_steps => {
-            Error::usage(format!("there is a finished run in `{root}`")).hint("give this one another `output`")
-        }
-        Some(state) => Error::usage(format!("there is a run in `{root}`"))
-            .detail(format!("its last checkpoint is at step {} of {}", state.step, state.max_steps))
-            .hint("continue it with `--resume auto`, or give this one another `output`"),
-        None if !matches!(found, Found::Checkpoints(_)) && !dir.config().exists() => {
-            Error::usage(format!("the output folder `{root}` is not empty and holds no run"))
-                .hint("give another `output`")
-        }
-        None => Error::usage(format!("there is a run in `{root}`"))
-            .detail("it has no whole checkpoint")
-            .hint("`--resume auto` starts it again, or give this one another `output`"),
-    }
-}
-
-/// The beginning of a hash, enough to tell two apart.
-fn short(hash: &str) -> &str {
-    hash.get(..12).unwrap_or(hash)
-}
-
-fn last_whole(dir: &RunDir, config: &Config, steps: &[u64]) -> Result<Start> {
-    let mut damage = Vec::new();
-    for &step in steps.iter().rev() {
-        match Checkpoint::load(&dir.checkpoint(step), &Device::Cpu) {
-            Ok(checkpoint) => {
-                damage
-                    .iter()
-                    .for_each(|line| tell(format_args!("note: a newer checkpoint is damaged and not used: {line}")));
-                refuse_differences(dir, config, &checkpoint.state.config)?;
-                return Ok(Start::From(Box::new(checkpoint)));
-            }
-            // Its hint is about files that are given, not about ours.
-            Err(error) => damage.extend(error.to_string().lines().next().map(str::to_string)),
-        }
-    }
-    let error = Error::usage(format!("no checkpoint in `{}` is whole", dir.checkpoints().display()));
-    let error = damage.into_iter().fold(error, Error::detail);
-    Err(error.hint("put back a copy of one, or start a new run with another `output`"))
-}
-
-fn refuse_differences(dir: &RunDir, config: &Config, saved: &str) -> Result<()> {
-    let saved = Config::parse(saved, &dir.config(), &[])?;
-    let differences = config.differences(&saved);
-    if differences.is_empty() {
-        return Ok(());
-    }
-    let error = Error::usage(format!("the run in `{}` has another config", dir.root().display()));
-    let error = differences.into_iter().fold(error, |e, line| e.detail(line));
-    Err(error.hint("restore these values to continue it, or give a new run another `output`"))
-}
+use std::sync::Arc;
 
 /// The images of a run and the order in which they come.
 pub struct RunData {
     /// The captioned images.
-    pub dataset: Dataset,
-    /// Every image in every shape that it is trained in.
+    pub dataset: Arc<Dataset>,
+    /// The images that `data.filter` leaves out.
+    pub left_out: Vec<LeftOut>,
+    /// Every image in every shape in which it is trained or held out.
     pub samples: Vec<Sample>,
-    /// The batches.
-    pub plan: Plan,
+    /// The batches of a run without stages, and the images that are held out.
+    pub plan: Arc<Plan>,
+    /// The plan of each batch of this run.
+    pub plans: Timeline<Arc<Plan>>,
+    /// Size and boxes of each image; empty if no weight of the loss needs them.
+    pub boxes: Vec<(Size, Boxes)>,
     /// What the user may want to know.
     pub notices: Vec<String>,
 }
 
 impl RunData {
-    /// Indexes the images and lays out the batches.
+    /// Indexes the images and lays out the batches of all stages.
     pub fn open(config: &Config, quiet: bool) -> Result<Self> {
         let data = &config.data;
-        let dataset = Dataset::open(&data.path, data.default_caption.as_deref(), quiet)?;
-        let resolutions =
-            data.resolution.sides().iter().map(|&side| Buckets::new(side, 16)).collect::<Result<Vec<_>>>()?;
-        let sizes: Vec<_> = dataset.items().iter().map(|i| i.size).collect();
-        let samples = place::place(&sizes, &resolutions);
+        let mut dataset = Dataset::open(&data.path, data.default_caption.as_deref(), quiet)?;
+        dataset.use_masks(&data.masks)?;
+        let left_out = dataset.leave_out(|_, item| filter::left_out(&data.filter, item))?;
+        let items = dataset.items();
+        let sizes: Vec<_> = items.iter().map(|i| i.size).collect();
+        let placed = |resolution: &Resolutions| -> Result<Vec<Sample>> {
+            let buckets = resolution.sides().iter().map(|&side| Buckets::new(side, 16)).collect::<Result<Vec<_>>>()?;
+            Ok(place::place(&sizes, &buckets))
+        };
+        let base = placed(&data.resolution)?;
         let settings = PlanSettings {
             seed: config.seed,
             batch_size: config.training.batch_size,
-            held_out: data.held_out.count(dataset.items().len())?,
+            held_out: data.held_out.count(items.len())?,
             caption_dropout: data.caption_dropout,
         };
-        let plan = Plan::new(&samples, settings)?;
+        let plan = Arc::new(Plan::new(&base, settings)?);
+        let plans = stages::plans(config, &plan, &base, |stage| {
+            let selection = Selection::new(&stage.filter)?;
+            let mut samples = placed(stage.resolution.as_ref().unwrap_or(&data.resolution))?;
+            samples.retain(|sample| selection.takes(&items[sample.item]));
+            Ok(samples)
+        })?;
+        let mut samples: Vec<Sample> =
+            plan.held_out().iter().copied().chain(plans.values().flat_map(|plan| plan.training())).collect();
+        samples.sort_unstable();
+        samples.dedup();
         let mut notices = dataset.notices().to_vec();
-        notices.extend(place::notices(&sizes, &samples, |i| &dataset.items()[i].path));
-        Ok(Self { dataset, samples, plan, notices })
+        notices.extend(place::notices(&sizes, &samples, |i| &items[i].path));
+        if regions::wants_boxes(config)? {
+            return Err(Error::usage(
+                "weights of hands, limbs and persons need a pose network, which this version lacks",
+            )
+            .hint("leave `regions` and the `regions` of stages at 1; masks work without it"));
+        }
+        Ok(Self { dataset: Arc::new(dataset), left_out, samples, plan, plans, boxes: Vec::new(), notices })
     }
 }
 

@@ -20,6 +20,9 @@ pub struct NoisyBatch {
     pub sigmas: Vec<f32>,
     /// Loss weight of each sample.
     pub weights: Vec<f64>,
+    /// Loss weight of each latent pixel, in the order of the packed latents: (B, S_img, 4), with mean 1 over a sample.
+    /// `None`: all are 1.
+    pub pixel_weights: Option<Tensor>,
     /// The one target image, in latent patches.
     pub image_shapes: Vec<ImageShape>,
 }
@@ -42,7 +45,7 @@ impl NoisyBatch {
         let target = (0..x0.len()).map(|i| eps[i] - x0[i]).collect();
         let tensor = |values| cpu::from_f32(values, latents.shape(), DType::F32);
         let (noisy, target) = (tensor(noisy)?, tensor(target)?);
-        Ok(Self { noisy, target, prompt_embeds, text_lengths, sigmas, weights, image_shapes })
+        Ok(Self { noisy, target, prompt_embeds, text_lengths, sigmas, weights, pixel_weights: None, image_shapes })
     }
 
     fn inputs(&self) -> Inputs<'_> {
@@ -61,7 +64,7 @@ impl NoisyBatch {
 pub struct Loss {
     /// Mean over samples of weight times mean squared error.
     pub mean: f64,
-    /// Unweighted mean squared error of each sample.
+    /// Mean squared error of each sample, weighted by its pixels only.
     pub per_sample: Vec<f64>,
 }
 
@@ -91,21 +94,124 @@ fn flow_matching_loss(prediction: &Tensor, batch: &NoisyBatch) -> Result<(Loss, 
     let (p, t) = (view(prediction)?, view(&batch.target)?);
     let samples = batch.weights.len();
     let n = p.len() / samples;
+    let pixel_weights = batch.pixel_weights.as_ref().map(view).transpose()?;
+    let channels = batch.noisy.dim(2)?;
     let mut seed = cpu::uninit(p.len());
     let mut per_sample = Vec::with_capacity(samples);
     for (b, &weight) in batch.weights.iter().enumerate() {
         let range = b * n..(b + 1) * n;
         let factor = (2.0 * weight / (n * samples) as f64) as f32;
         let mut sum = 0f64;
-        for ((s, &p), &t) in seed[range.clone()].iter_mut().zip(&p[range.clone()]).zip(&t[range]) {
-            let error = p - t;
-            sum += f64::from(error) * f64::from(error);
-            *s = factor * error;
+        let elements = seed[range.clone()].iter_mut().zip(&p[range.clone()]).zip(&t[range.clone()]);
+        match &pixel_weights {
+            None => {
+                for ((s, &p), &t) in elements {
+                    let error = p - t;
+                    sum += f64::from(error) * f64::from(error);
+                    *s = factor * error;
+                }
+            }
+            Some(weights) => {
+                for (i, ((s, &p), &t)) in range.zip(elements) {
+                    // A token's channels lie in the order (c, y, x): its four pixels take turns.
+                    let weight = weights[i / channels * 4 + i % 4];
+                    let error = p - t;
+                    sum += f64::from(weight) * f64::from(error) * f64::from(error);
+                    *s = factor * error * weight;
+                }
+            }
         }
         per_sample.push(sum / n as f64);
     }
     let mean = per_sample.iter().zip(&batch.weights).map(|(l, w)| l * w).sum::<f64>() / samples as f64;
-    drop((p, t));
+    drop((p, t, pixel_weights));
     let seed = cpu::from_f32(seed, prediction.shape(), prediction.dtype())?;
     Ok((Loss { mean, per_sample }, seed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::vae::pack;
+    use crate::rng::{Purpose, Stream};
+    use candle_core::Device;
+
+    const SHAPE: (usize, usize, usize, usize) = (3, 16, 4, 6);
+
+    fn normals(item: u64, shape: (usize, usize, usize, usize)) -> Tensor {
+        let n = shape.0 * shape.1 * shape.2 * shape.3;
+        let values = Stream::new(5, 0, item, Purpose::Bench).normals(n, 1.0);
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    /// A batch, a prediction for it, and the weights of its pixels (B, 1, h, w), which do not have mean 1 here.
+    fn weighted() -> (NoisyBatch, Tensor, Tensor) {
+        let (b, _, h, w) = SHAPE;
+        let text = Tensor::zeros((b, 2, 8), DType::F32, &Device::Cpu).unwrap();
+        let (latents, noise) = (pack(&normals(0, SHAPE)).unwrap(), pack(&normals(1, SHAPE)).unwrap());
+        let weights = vec![1.5, 0.5, 1.0];
+        let mut batch =
+            NoisyBatch::mix(&latents, &noise, text, vec![2; b], vec![0.2, 0.5, 0.9], weights, vec![(1, h / 2, w / 2)])
+                .unwrap();
+        let pixels = normals(2, (b, 1, h, w)).abs().unwrap();
+        batch.pixel_weights = Some(pack(&pixels).unwrap());
+        (batch, pack(&normals(3, SHAPE)).unwrap(), pixels)
+    }
+
+    /// In the layout of images, where nothing is packed: the mean over samples and elements of weights times squares.
+    #[test]
+    fn the_gradient_is_the_weighted_one() {
+        let (batch, prediction, pixels) = weighted();
+        let (loss, seed) = flow_matching_loss(&prediction, &batch).unwrap();
+        let (b, c, h, w) = SHAPE;
+        let error = ((normals(3, SHAPE) - normals(1, SHAPE)).unwrap() + normals(0, SHAPE)).unwrap();
+        let sample = Tensor::new(&[1.5f32, 0.5, 1.0], &Device::Cpu).unwrap().reshape((b, 1, 1, 1)).unwrap();
+        let weights = pixels.broadcast_mul(&sample).unwrap();
+        let scale = 1.0 / (b * c * h * w) as f64;
+        let expected = (error.broadcast_mul(&weights).unwrap() * (2.0 * scale)).unwrap();
+        let worst = (pack(&expected).unwrap() - &seed).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(worst.to_scalar::<f32>().unwrap() < 1e-8, "{worst}");
+        let mean = (error.sqr().unwrap().broadcast_mul(&weights).unwrap().sum_all().unwrap() * scale).unwrap();
+        assert!((f64::from(mean.to_scalar::<f32>().unwrap()) - loss.mean).abs() < 1e-5);
+
+        // The gradient is that of the loss: one element moved to both sides, which is exact for a square.
+        let at = 777;
+        let loss_with = |step: f32| {
+            let mut moved = prediction.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            moved[at] += step;
+            let moved = Tensor::from_vec(moved, prediction.shape(), &Device::Cpu).unwrap();
+            flow_matching_loss(&moved, &batch).unwrap().0.mean
+        };
+        let slope = loss_with(0.5) - loss_with(-0.5);
+        let gradient = f64::from(seed.flatten_all().unwrap().to_vec1::<f32>().unwrap()[at]);
+        assert!((slope - gradient).abs() < 1e-5 * gradient.abs(), "{slope} is not {gradient}");
+    }
+
+    #[test]
+    fn a_weighted_batch_is_its_samples_one_by_one_and_weights_of_one_are_none() {
+        let (mut batch, prediction, _) = weighted();
+        let (loss, seed) = flow_matching_loss(&prediction, &batch).unwrap();
+        for i in 0..3 {
+            let one = |t: &Tensor| t.narrow(0, i, 1).unwrap().contiguous().unwrap();
+            let single = NoisyBatch {
+                noisy: one(&batch.noisy),
+                target: one(&batch.target),
+                prompt_embeds: one(&batch.prompt_embeds),
+                text_lengths: vec![2],
+                sigmas: vec![batch.sigmas[i]],
+                weights: vec![batch.weights[i]],
+                pixel_weights: batch.pixel_weights.as_ref().map(one),
+                image_shapes: batch.image_shapes.clone(),
+            };
+            let (alone, gradient) = flow_matching_loss(&one(&prediction), &single).unwrap();
+            assert_eq!(alone.per_sample[0], loss.per_sample[i]);
+            let far = ((gradient / 3.0).unwrap() - one(&seed)).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(far.to_scalar::<f32>().unwrap() < 1e-9, "{far}");
+        }
+        let bits = |(loss, seed): (Loss, Tensor)| (loss.mean, seed.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        batch.pixel_weights = batch.pixel_weights.as_ref().map(|w| w.ones_like().unwrap());
+        let ones = bits(flow_matching_loss(&prediction, &batch).unwrap());
+        batch.pixel_weights = None;
+        assert!(ones == bits(flow_matching_loss(&prediction, &batch).unwrap()));
+    }
 }

@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""Compiles every kernel to `src/kernels/cuda/cubin/` and writes the manifest that the program launches them by.
+
+    build.py                 all
+    build.py --check         compiles again and compares with what is there, byte for byte
+    build.py --only NAME     only kernels whose name contains NAME; says what came out, writes nothing
+
+Needs no GPU. Wants the versions of setup_env.sh: other ones write other bytes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # no source lines in the cubins, and no path of the machine
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE.parents[1] / "src/kernels/cuda/cubin"
+TRITON_VERSION = "3.6.0"
+PTX_ARCH = 80
+
+# One module per idea; each has a list KERNELS.
+MODULES = [
+    "gelu",
+    "modulated_norm",
+    "gated_residual",
+    "norm_rope",
+    "lora",
+    "int8",
+    "flow_loss",
+    "multi_tensor",
+]
+
+
+def sources(module):
+    """Files that a kernel's machine code depends on: its module and what that imports from here."""
+    imports = re.findall(r"^from (\w+) import", (HERE / f"{module}.py").read_text(), re.MULTILINE)
+    return [f"scripts/kernels/{name}.py" for name in [module, *imports] if (HERE / f"{name}.py").exists()]
+
+
+def source_hash(files):
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update((HERE.parents[1] / file).read_bytes())
+    return digest.hexdigest()
+
+
+def compile_one(kernel, constants, arch):
+    """(compiled, tile) of one kernel for one architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tile = kernel.tiles(arch, constants)
+    all_constants = constants | tile.constants
+    names = kernel.function.arg_names
+    signature = {n: kernel.argument(n)[0] if n in kernel.arguments else "constexpr" for n in names}
+    source = ASTSource(
+        fn=kernel.function,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in all_constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in kernel.arguments if kernel.argument(n)[1]},
+    )
+    options = {
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": kernel.fused_multiply_add,
+    }
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), tile
+
+
+def resources(cubin):
+    """(registers of a thread, bytes of a thread that spilled to memory), by cuobjdump."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+def portable_ptx(text):
+    """PTX without comments and blank lines."""
+    lines = (re.sub(r"\s*//.*", "", line).strip() for line in text.splitlines())
+    return "".join(line + "\n" for line in lines if line)
+
+
+def build_variant(module, kernel, suffix, constants):
+    """The manifest's entry of one kernel, and its files."""
+    from spec import ARCHES, SHARED_LIMIT
+
+    name = kernel.entry + suffix
+    files, targets, files_of_source = {}, [], sources(module)
+    for arch in ARCHES:
+        compiled, tile = compile_one(kernel, constants, arch)
+        meta = compiled.metadata
+        assert meta.shared <= SHARED_LIMIT[arch], f"{name} for sm_{arch} wants {meta.shared} bytes of shared memory"
+        registers, spilled = resources(compiled.asm["cubin"])
+        binaries = [("cubin", f"{name}.sm{arch}.cubin", compiled.asm["cubin"])]
+        if arch == PTX_ARCH:
+            binaries.append(("ptx", f"{name}.ptx", portable_ptx(compiled.asm["ptx"]).encode()))
+        for kind, file, content in binaries:
+            files[file] = content
+            targets.append(
+                {
+                    "kind": kind,
+                    "arch": arch,
+                    "file": file,
+                    "sha256": hashlib.sha256(content).hexdigest(),
+                    "constants": {k: int(v) for k, v in (constants | tile.constants).items()},
+                    "num_warps": meta.num_warps,
+                    "num_stages": meta.num_stages,
+                    "shared_bytes": meta.shared,
+                    "global_scratch_bytes": meta.global_scratch_size,
+                    "profile_scratch_bytes": meta.profile_scratch_size,
+                    "registers": registers,
+                    "spilled_bytes": spilled,
+                }
+            )
+    entry = {
+        "name": name,
+        "entry": kernel.entry,
+        "sources": files_of_source,
+        "source_sha256": source_hash(files_of_source),
+        "arguments": [
+            {"name": n, "type": kernel.argument(n)[0], "multiple_of_16": kernel.argument(n)[1]}
+            for n in kernel.function.arg_names
+            if n in kernel.arguments
+        ],
+        "grid": list(kernel.grid),
+        "grid_arguments": list(kernel.grid_arguments),
+        "targets": targets,
+    }
+    return entry, files
+
+
+def rust_table(files):
+    """The files as bytes in the program."""
+    lines = ["// Written by scripts/kernels/build.py.", "", "/// Every compiled kernel, by file name."]
+    lines.append("pub static FILES: &[(&str, &[u8])] = &[")
+    lines += [f'    ("{f}", include_bytes!("{f}")),' for f in sorted(files)]
+    return "\n".join(lines + ["];", ""])
+
+
+def build(only):
+    import importlib
+
+    entries, files = [], {}
+    for module in MODULES:
+        for kernel in importlib.import_module(module).KERNELS:
+            for suffix, constants in kernel.variants.items():
+                if only and only not in kernel.entry + suffix:
+                    continue
+                entry, new = build_variant(module, kernel, suffix, constants)
+                entries.append(entry)
+                files |= new
+                for target in entry["targets"]:
+                    size = len(new[target["file"]])
+                    print(
+                        f"{target['file']:48} {size:7} bytes, {target['registers']:3} registers, "
+                        f"{target['spilled_bytes']:3} spilled, {target['shared_bytes']:6} shared",
+                        flush=True,
+                    )
+    manifest = {"format": 1, "triton": TRITON_VERSION, "kernels": entries}
+    files["manifest.json"] = (json.dumps(manifest, indent=1) + "\n").encode()
+    files["files.rs"] = rust_table([f for f in files if f != "manifest.json"]).encode()
+    return files
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--only")
+    args = parser.parse_args()
+    import triton
+
+    assert triton.__version__ == TRITON_VERSION, f"wants triton {TRITON_VERSION}, found {triton.__version__}"
+    # A fresh cache: what is compiled is what is there now.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        files = build(args.only)
+    total = sum(len(content) for content in files.values())
+    print(f"{len(files)} files, {total / 1e6:.2f} MB")
+    if args.only:
+        return 0
+    if args.check:
+        there = {p.name: p.read_bytes() for p in OUTPUT.iterdir()}
+        wrong = sorted(f for f in files.keys() | there.keys() if files.get(f) != there.get(f))
+        print("differ: " + ", ".join(wrong) if wrong else "all as checked in")
+        return int(bool(wrong))
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    for file in OUTPUT.iterdir():
+        file.unlink()
+    for file, content in files.items():
+        (OUTPUT / file).write_bytes(content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    sys.exit(main())

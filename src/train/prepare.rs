@@ -1,0 +1,161 @@
+//! From a config to a run that is ready for its first step. Everything that can be wrong about the input is found here,
+//! and most of it before anything is written.
+
+use crate::cache::encode::{CacheRequest, fill_caches};
+use crate::config::{Config, Filter};
+use crate::data::{LeftOut, Loader};
+use crate::error::Result;
+use crate::flow::FlowMatchEuler;
+use crate::io::write_atomic;
+use crate::model::source::ModelSource;
+use crate::model::transformer::{QwenImageTransformer, TransformerConfig};
+use crate::optim::{AdamW, AdamWOptions};
+use crate::report::Page;
+use crate::train::batches::{Batches, TrainBatch};
+use crate::train::held_out::HeldOut;
+use crate::train::interrupt;
+use crate::train::metrics::MetricsFile;
+use crate::train::outcome::{DryRun, Outcome, Report};
+use crate::train::preview::{self, Previews};
+use crate::train::progress::Progress;
+use crate::train::record::Record;
+use crate::train::regions::RegionWeights;
+use crate::train::run::Options;
+use crate::train::run_dir::RunDir;
+use crate::train::save::Saver;
+use crate::train::setup::{self, RunData};
+use crate::train::stages::Course;
+use crate::train::start::Start;
+use crate::train::trainable::Trainable;
+use std::io::Write;
+use std::sync::Arc;
+
+/// A run between its preparation and its first step.
+pub struct Run {
+    /// The network with what is trained on it.
+    pub model: QwenImageTransformer,
+    /// What is trained; shares its storage with the network.
+    pub trainable: Trainable,
+    /// The optimizer, with the checkpoint's state if there is one.
+    pub optimizer: AdamW,
+    /// The stages.
+    pub course: Course,
+    /// Makes batches from the caches.
+    pub batches: Arc<Batches>,
+    /// The batches of the steps to come, in order.
+    pub loader: Loader<TrainBatch>,
+    /// What is shown, measured and written.
+    pub record: Record,
+}
+
+/// What the preparation led to.
+pub enum Prepared {
+    /// There is something to train.
+    Ready(Box<Run>),
+    /// A dry run, or a run that is finished.
+    Nothing(Outcome),
+}
+
+impl Run {
+    /// Checks the config, the images and the networks, fills the caches, and loads what is trained.
+    ///
+    /// Errors: those of [`train`](crate::train::run::train).
+    pub fn prepare(config: &Config, options: Options) -> Result<Prepared> {
+        config.check_supported()?;
+        setup::precision(config)?;
+        let dir = RunDir::new(&config.output);
+        let start = Start::decide(&dir, config, options.resume)?;
+        let data = RunData::open(config, options.quiet)?;
+        let pipeline = ModelSource::resolve(&setup::model_spec(config))?;
+        let (dataset_hash, base_fingerprint) = (data.dataset.hash(), setup::base_fingerprint(&pipeline)?);
+        start.check_inputs(&dir, &dataset_hash, &base_fingerprint)?;
+        if let Start::Finished(state) = &start {
+            return Ok(Prepared::Nothing(Outcome::AlreadyFinished { dir, step: state.step }));
+        }
+        setup::check_networks(&pipeline)?;
+        let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
+        let course = Course::new(config, &transformer, &data.plans)?;
+        let dry_run = DryRun::new(config, &data, &course, &transformer)?;
+        if options.dry_run {
+            return Ok(Prepared::Nothing(Outcome::DryRun(dry_run)));
+        }
+        let progress = Progress::new(config.training.max_steps as u64, options.quiet);
+        progress.notes(&data.notices);
+
+        dir.create()?;
+        let preview_prompts = preview::prompts(&config.preview);
+        let request = CacheRequest {
+            pipeline: &pipeline,
+            dataset: &data.dataset,
+            samples: &data.samples,
+            extra_prompts: &preview_prompts,
+            max_sequence_length: config.data.max_sequence_length,
+            quiet: options.quiet,
+            stop: &interrupt::requested,
+        };
+        let (samples, cached) = fill_caches(&config.cache_dir(), &request)?;
+        progress.cached(&cached);
+
+        let (mut model, trainable) = setup::load_network(config, &pipeline, &start)?;
+        // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
+        let yaml = config.to_yaml();
+        write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;
+        if config.data.filter != Filter::default() {
+            let lines: Vec<String> = data.left_out.iter().map(line).collect();
+            write_atomic(&dir.filtered(), |file| file.write_all(lines.concat().as_bytes()))?;
+        }
+        let mut optimizer = AdamW::new(AdamWOptions::from(&config.training));
+        let first_step = match start {
+            Start::From(checkpoint) => {
+                optimizer.load_state(&trainable.parameters(), checkpoint.optimizer)?;
+                checkpoint.state.step
+            }
+            Start::Fresh | Start::Finished(_) => 0,
+        };
+
+        let scheduler = FlowMatchEuler::from_file(&pipeline.scheduler)?;
+        let regions = RegionWeights::new(config, data.boxes)?;
+        let batches = Arc::new(Batches::new(config, samples, regions, scheduler)?);
+        let held_out = HeldOut::new(data.plan.held_out_batches(), config.evaluation.num_sigmas);
+        let metrics = MetricsFile::open(&dir.metrics(), first_step)?;
+        let saver = Saver::new(config, &dir, &pipeline, setup::provenance(config, &dataset_hash, &base_fingerprint));
+        let previews = Previews::new(config, &dir, &pipeline, &base_fingerprint, &cached.extra_prompts);
+        let mut previews = previews.unwrap_or_else(|error| {
+            progress.notes(&[format!("no previews: {error}")]);
+            None
+        });
+        if let Some(previews) = &mut previews {
+            let note = previews.begin(first_step, &mut model, &trainable);
+            progress.notes(note.as_slice());
+        }
+        let page = Page::new(config, &dir, dry_run.facts(), &course);
+        let report = Report::new(config, &dir, &trainable, first_step);
+        let loader = {
+            let (plans, batches) = (data.plans, batches.clone());
+            let accumulation = config.training.gradient_accumulation as u64;
+            let range = first_step * accumulation..config.training.max_steps as u64 * accumulation;
+            Loader::new(range, config.data.prefetch, move |n| batches.training(&plans.at(n).batch(n)))?
+        };
+        let dataset = data.dataset;
+        let record = Record {
+            first_step,
+            max_steps: config.training.max_steps as u64,
+            measure_every: config.evaluation.every as u64,
+            dir,
+            dataset,
+            held_out,
+            metrics,
+            progress,
+            report,
+            page,
+            previews,
+            saver,
+        };
+        Ok(Prepared::Ready(Box::new(Self { model, trainable, optimizer, course, batches, loader, record })))
+    }
+}
+
+/// A line of `filtered.jsonl`.
+fn line(left_out: &LeftOut) -> String {
+    serde_json::to_string(left_out).expect("paths and numbers are JSON") + "\n"
+}
