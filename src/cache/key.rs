@@ -41,6 +41,13 @@ impl Key {
         Self::new("mask", &[mask_hash.as_bytes(), &shape])
     }
 
+    /// The maps of what a pose network sees in a sample: depends on the sample's latents, the decoder and the network (their
+    /// fingerprints), and the size of the pieces.
+    pub fn pose_maps(latents: &Key, decoder: &str, network: &str, crop: usize) -> Self {
+        let crop = (crop as u64).to_le_bytes();
+        Self::new("pose_maps", &[latents.hash.as_bytes(), decoder.as_bytes(), network.as_bytes(), &crop])
+    }
+
     fn new(kind: &'static str, parts: &[&[u8]]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&FORMAT_VERSION.to_le_bytes());
@@ -51,7 +58,7 @@ impl Key {
         Self { kind, hash: hasher.finalize() }
     }
 
-    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`.
+    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`, `pose_maps`.
     pub fn kind(&self) -> &'static str {
         self.kind
     }
@@ -82,6 +89,11 @@ mod tests {
             Key::latents(&hash("1"), bucket(16, 32), "v"),
             Key::latents(&hash("2"), bucket(32, 16), "v"),
             Key::latents(&hash("1"), bucket(32, 16), "w"),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("2"), bucket(32, 16), "v"), "v", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "w", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "m", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "n", 128),
             Key::mask(&hash("1"), bucket(32, 16)),
             Key::mask(&hash("1"), bucket(16, 32)),
         ];

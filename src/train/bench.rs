@@ -2,13 +2,18 @@
 //! loss, backward, clipping to norm 1, AdamW, on cached latents and text.
 
 use crate::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
+use crate::cache::pose::{Crop, Window};
 use crate::config::Checkpointing;
 use crate::error::{Error, Result};
+use crate::flow::gate::Gate;
 use crate::kernels::matmul::{Into, Mat, MatMut, gemm};
+use crate::kernels::no_grad;
 use crate::model::transformer::{QwenImageTransformer, TransformerConfig};
+use crate::model::vae::unpack;
 use crate::optim::{AdamW, AdamWOptions, clip_grad_norm};
 use crate::rng::{Purpose, Stream};
-use crate::train::step::{NoisyBatch, forward_backward};
+use crate::train::step::{NoisyBatch, forward_backward_with};
+use crate::train::structured::{Fired, Structured};
 use crate::train::trainable::Trainable;
 use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
@@ -34,6 +39,36 @@ pub struct Shape {
     pub checkpointing: Checkpointing,
     /// Seed of the data.
     pub seed: u64,
+    /// The structured loss in some of the steps; none times plain steps.
+    pub structured: Option<Guided>,
+}
+
+/// The structured loss as it is timed: on pieces of random latents, in every so manyth step, where the gate is open.
+pub struct Guided {
+    /// The loss.
+    pub loss: Structured,
+    /// The gate.
+    pub gate: Gate,
+    /// Steps from one that is due to the next.
+    pub every: usize,
+    /// Longest side of a piece, in latents.
+    pub crop: usize,
+}
+
+/// What [`Guided`] cost.
+#[derive(Clone, Debug, Serialize)]
+struct GuidedReport {
+    every: usize,
+    /// Samples it acted on, of all samples of the timed steps.
+    fired_share: f64,
+    /// Median time of the steps in which it acted on nothing.
+    plain_step_s_median: f64,
+    /// Median time of those in which it acted, and samples it acted on in them.
+    fired_step_s_median: f64,
+    fired_samples_per_fired_step: f64,
+    step_s_mean: f64,
+    /// `step_s_mean / plain_step_s_median`.
+    mean_over_plain: f64,
 }
 
 /// The benchmark's JSON line. Memory in MiB, times in seconds.
@@ -60,12 +95,18 @@ pub struct BenchReport {
     gemm_share: f64,
     loss_first: f64,
     loss_last: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    structured: Option<GuidedReport>,
 }
 
 /// Runs warm-up and timed steps; `done` is called with each step's number and time.
 ///
 /// Errors: targets that match nothing, a loss that is not finite.
-pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMut(usize, f64)) -> Result<BenchReport> {
+pub fn bench(
+    mut model: QwenImageTransformer,
+    shape: &mut Shape,
+    mut done: impl FnMut(usize, f64),
+) -> Result<BenchReport> {
     let config = model.config().clone();
     let entry = |pattern: &String| TargetEntry { pattern: pattern.clone(), rank: None, alpha: None };
     let entries: Vec<_> = shape.targets.iter().map(entry).collect();
@@ -87,6 +128,9 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
     let mut text_lengths = vec![shape.text_tokens; shape.batch];
     text_lengths[shape.batch - 1] = (shape.text_tokens * 3 / 4).max(1);
 
+    let targets_of_loss = shape.structured.as_ref().map(|g| guided_targets(g, &latents, shape.grid)).transpose()?;
+    let mut fired_by_step = Vec::new();
+
     let start_to_first_step_s = since_process_start().as_secs_f64();
     let (mut times, mut losses) = (Vec::new(), Vec::new());
     for step in 0..shape.warmup + shape.steps {
@@ -96,8 +140,18 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
         let noise = normal(step as u64 + 1, 0, latents.dims())?;
         let weights = vec![1.0; shape.batch];
         let shapes = vec![(1, shape.grid.0, shape.grid.1)];
-        let batch = NoisyBatch::mix(&latents, &noise, text.clone(), text_lengths.clone(), sigmas, weights, shapes)?;
-        let (loss, mut gradients) = forward_backward(&model, &batch, shape.checkpointing)?;
+        let mut batch = NoisyBatch::mix(&latents, &noise, text.clone(), text_lengths.clone(), sigmas, weights, shapes)?;
+        if let (Some(guided), Some(crops)) = (&shape.structured, &targets_of_loss) {
+            let due = step % guided.every == 0;
+            let fire = |(&sigma, crop): (&f32, &Crop)| {
+                let gate = guided.gate.at(f64::from(sigma));
+                (due && gate > 0.0).then(|| Fired { gate, crop: crop.clone() })
+            };
+            batch.fired = batch.sigmas.iter().zip(crops).map(fire).collect();
+        }
+        fired_by_step.push(batch.fired.iter().flatten().count());
+        let structured = shape.structured.as_mut().map(|guided| &mut guided.loss);
+        let (loss, mut gradients) = forward_backward_with(&model, &batch, shape.checkpointing, structured)?;
         let mut gradients = trainable.take_gradients(&mut gradients);
         let norm = clip_grad_norm(&mut gradients, 1.0)?;
         optimizer.step(&params, &gradients, 1e-4)?;
@@ -143,7 +197,50 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
         gemm_share: flops / 1e9 / peak / median,
         loss_first: losses[0],
         loss_last: losses[losses.len() - 1],
+        structured: shape.structured.as_ref().map(|guided| {
+            guided_report(guided.every, shape.batch, &times[shape.warmup..], &fired_by_step[shape.warmup..])
+        }),
     })
+}
+
+/// The target of each sample: its maps in a piece from the upper left corner of its latents (B, S_img, 64).
+fn guided_targets(guided: &Guided, latents: &Tensor, grid: (usize, usize)) -> Result<Vec<Crop>> {
+    let (height, width) = ((2 * grid.0).min(guided.crop), (2 * grid.1).min(guided.crop));
+    let window = Window { top: 0, left: 0, height, width };
+    let latents = unpack(latents, 2 * grid.0, 2 * grid.1)?;
+    let target = |b: usize| {
+        let piece = latents.narrow(0, b, 1)?.narrow(2, 0, height)?.narrow(3, 0, width)?.contiguous()?;
+        let maps = no_grad(|| -> Result<Tensor> {
+            let decoded = guided.loss.decoder().decode(&piece)?;
+            Ok(guided.loss.network().maps(&decoded.pixels)?.into_tensor())
+        })?;
+        Ok(Crop { window, maps: maps.squeeze(0)? })
+    };
+    (0..latents.dim(0)?).map(target).collect()
+}
+
+fn guided_report(every: usize, batch: usize, times: &[f64], fired: &[usize]) -> GuidedReport {
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        if times.is_empty() { f64::NAN } else { (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0 }
+    };
+    let of = |acted: bool| {
+        let chosen = times.iter().zip(fired).filter(|(_, fired)| (**fired > 0) == acted);
+        median(chosen.map(|(time, _)| *time).collect())
+    };
+    let total: usize = fired.iter().sum();
+    let steps = fired.iter().filter(|f| **f > 0).count();
+    let plain = of(false);
+    let mean = times.iter().sum::<f64>() / times.len() as f64;
+    GuidedReport {
+        every,
+        fired_share: total as f64 / (batch * times.len()) as f64,
+        plain_step_s_median: plain,
+        fired_step_s_median: of(true),
+        fired_samples_per_fired_step: total as f64 / steps.max(1) as f64,
+        step_s_mean: mean,
+        mean_over_plain: mean / plain,
+    }
 }
 
 /// Floating-point operations of a step's matrix products: blocks forward and backward with respect to activations,
