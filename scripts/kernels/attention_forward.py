@@ -16,7 +16,6 @@ def attend(
     K,
     V,
     first,
-    end,
     tokens,
     row_stride_qk,
     row_stride_v,
@@ -24,30 +23,27 @@ def attend(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Goes on with keys [first, end) of a stream that has `tokens`; MASKED where the last block may be ragged."""
+    """Goes on with one block of keys from row `first` of a stream of `tokens`; MASKED where it may be ragged."""
     to_base2 = LOG2_E * HEAD**-0.5
+    rows = first + tl.arange(0, BLOCK_K)
     columns = tl.arange(0, HEAD)
-    for start in tl.range(first, end, BLOCK_K):
-        rows = start + tl.arange(0, BLOCK_K)
-        k_at = K + rows[None, :] * row_stride_qk + columns[:, None]
-        v_at = V + rows[:, None] * row_stride_v + columns[None, :]
-        if MASKED:
-            k = tl.load(k_at, mask=rows[None, :] < tokens, other=0.0)
-            scores = tl.where(rows[None, :] < tokens, tl.dot(q, k), float("-inf"))
-        else:
-            scores = tl.dot(q, tl.load(k_at))
-        new_top = tl.maximum(top, tl.max(scores, 1) * to_base2)
-        p = tl.math.exp2(scores * to_base2 - new_top[:, None])
-        shrink = tl.math.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        out = out * shrink[:, None]
-        if MASKED:
-            v = tl.load(v_at, mask=rows[:, None] < tokens, other=0.0)
-        else:
-            v = tl.load(v_at)
-        out = tl.dot(p.to(v.dtype), v, out)
-        top = new_top
-    return out, top, total
+    k_at = K + rows[None, :] * row_stride_qk + columns[:, None]
+    v_at = V + rows[:, None] * row_stride_v + columns[None, :]
+    if MASKED:
+        k = tl.load(k_at, mask=rows[None, :] < tokens, other=0.0)
+        scores = tl.where(rows[None, :] < tokens, tl.dot(q, k), float("-inf"))
+    else:
+        scores = tl.dot(q, tl.load(k_at))
+    new_top = tl.maximum(top, tl.max(scores, 1) * to_base2)
+    p = tl.math.exp2(scores * to_base2 - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    out = out * shrink[:, None]
+    if MASKED:
+        v = tl.load(v_at, mask=rows[:, None] < tokens, other=0.0)
+    else:
+        v = tl.load(v_at)
+    return tl.dot(p.to(v.dtype), v, out), new_top, total
 
 
 @triton.jit
@@ -71,6 +67,7 @@ def attention_forward(
     HEAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_MASKED: tl.constexpr,
 ):
     """Outputs of both streams, and LOG_SUMS (B, heads, S). LENGTHS (B,) i32: valid text tokens, 0 to text_tokens.
 
@@ -83,23 +80,27 @@ def attention_forward(
     out = tl.zeros([BLOCK_Q, HEAD], tl.float32)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-
-    # The image first: it has a whole block in all but tiny pictures, so that `top` is finite before a masked block.
-    k = IMAGE_K + sample * image_tokens * row_stride_qk + head * HEAD
-    v = IMAGE_V + sample * image_tokens * row_stride_v + head * HEAD
-    whole = image_tokens // BLOCK_K * BLOCK_K
-    out, top, total = attend(
-        q, out, top, total, k, v, 0, whole, image_tokens, row_stride_qk, row_stride_v, HEAD, BLOCK_K, False
-    )
-    out, top, total = attend(
-        q, out, top, total, k, v, whole, image_tokens, image_tokens, row_stride_qk, row_stride_v, HEAD, BLOCK_K, True
-    )
-    k = TEXT_K + sample * text_tokens * row_stride_qk + head * HEAD
-    v = TEXT_V + sample * text_tokens * row_stride_v + head * HEAD
+    k_image = IMAGE_K + sample * image_tokens * row_stride_qk + head * HEAD
+    v_image = IMAGE_V + sample * image_tokens * row_stride_v + head * HEAD
+    k_text = TEXT_K + sample * text_tokens * row_stride_qk + head * HEAD
+    v_text = TEXT_V + sample * text_tokens * row_stride_v + head * HEAD
     length = tl.load(LENGTHS + sample)
-    out, top, total = attend(
-        q, out, top, total, k, v, 0, length, length, row_stride_qk, row_stride_v, HEAD, BLOCK_K, True
-    )
+
+    # The image's whole blocks need no mask. Its ragged end and the text go through a second loop, where every block has a
+    # valid key: `top` is finite after it.
+    whole = image_tokens // BLOCK_K
+    for block in tl.range(0, whole):
+        out, top, total = attend(
+            q, out, top, total, k_image, v_image, block * BLOCK_K, 0, row_stride_qk, row_stride_v, HEAD, BLOCK_K, False
+        )
+    ragged = tl.cdiv(image_tokens - whole * BLOCK_K, BLOCK_MASKED)
+    for block in tl.range(0, ragged + tl.cdiv(length, BLOCK_MASKED)):
+        k, v, first, tokens = k_text, v_text, (block - ragged) * BLOCK_MASKED, length
+        if block < ragged:
+            k, v, first, tokens = k_image, v_image, whole * BLOCK_K + block * BLOCK_MASKED, image_tokens
+        out, top, total = attend(
+            q, out, top, total, k, v, first, tokens, row_stride_qk, row_stride_v, HEAD, BLOCK_MASKED, True
+        )
 
     outputs = stream_of(is_text, TEXT_OUT, IMAGE_OUT, sample, head, limit, row_stride_out, HEAD)
     store_rows(outputs, rows, limit, row_stride_out, out / total[:, None], HEAD)
@@ -108,9 +109,10 @@ def attention_forward(
 
 
 def tile(arch, constants):
+    """The largest that leaves every thread its 255 registers without spilling."""
     if arch == 90:
-        return Tile({"BLOCK_Q": 128, "BLOCK_K": 128}, num_warps=8, num_stages=2)
-    return Tile({"BLOCK_Q": 128, "BLOCK_K": 64}, num_warps=8 if constants["HEAD"] == 128 else 4, num_stages=2)
+        return Tile({"BLOCK_Q": 128, "BLOCK_K": 128, "BLOCK_MASKED": 64}, num_warps=8, num_stages=2)
+    return Tile({"BLOCK_Q": 128, "BLOCK_K": 64, "BLOCK_MASKED": 32}, num_warps=8, num_stages=2)
 
 
 KERNELS = [

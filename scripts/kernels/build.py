@@ -27,6 +27,8 @@ PTX_ARCH = 80
 
 # One module per idea; each has a list KERNELS.
 MODULES = [
+    "attention_forward",
+    "attention_backward",
     "gelu",
     "modulated_norm",
     "gated_residual",
@@ -105,6 +107,7 @@ def build_variant(module, kernel, suffix, constants):
         meta = compiled.metadata
         assert meta.shared <= SHARED_LIMIT[arch], f"{name} for sm_{arch} wants {meta.shared} bytes of shared memory"
         registers, spilled = resources(compiled.asm["cubin"])
+        assert not spilled, f"{name} for sm_{arch} spills {spilled} bytes of registers"
         binaries = [("cubin", f"{name}.sm{arch}.cubin", compiled.asm["cubin"])]
         if arch == PTX_ARCH:
             binaries.append(("ptx", f"{name}.ptx", portable_ptx(compiled.asm["ptx"]).encode()))

@@ -8,7 +8,7 @@ from spec import Kernel, Tile
 
 @triton.jit
 def flow_loss(PREDICTION, TARGET, FACTORS, SEED, PARTIALS, size, BLOCK: tl.constexpr):
-    """SEED = factor * (PREDICTION - TARGET), and PARTIALS (B, blocks) f64: sums of the squared error, for the host to add.
+    """SEED = factor * (PREDICTION - TARGET), and PARTIALS (B, blocks) f64: sums of squared errors, for the host to add.
 
     PREDICTION, SEED (B, size), TARGET the same in f32. FACTORS (B,) f32: 2 * weight / (size * B). A program: one block
     of one sample.

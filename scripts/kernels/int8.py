@@ -1,7 +1,8 @@
 """Frozen weights as int8 in blocks of 32 along a row, with an f16 scale each: GGUF's Q8_0, scales kept apart.
 
-Quantises bit for bit as ggml (and candle's `BlockQ8_0` on the CPU) does: d = max |w| / 127, q = round(w / d), halves away
-from zero, and d rounded to f16 afterwards. Backward uses the same dequantised W as forward, untransposed: dx = dy W.
+Quantises bit for bit as ggml (and candle's `BlockQ8_0` on the CPU) does: d = max |w| / 127, q = round(w / d), halves
+away from zero, and d rounded to f16 afterwards. Backward uses the same dequantised W as forward, untransposed:
+dx = dy W.
 """
 
 import triton

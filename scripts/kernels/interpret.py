@@ -88,13 +88,20 @@ class Buffer:
         self.bits[:] = bits.ravel()
         self.dtype = f"torch.{NAMES.get(kind, 'int' + kind[1:])}"
 
+    def view(self, first):
+        """The same memory from element `first` on."""
+        view = object.__new__(Buffer)
+        view.__dict__ |= self.__dict__
+        view.bits = self.bits[first:]
+        return view
+
     def guards_are_whole(self):
         return (self.raw[: self.start] == 0xFF).all() and (self.raw[self.end :] == 0xFF).all()
 
     def values(self):
-        """What is there now; bf16 as f32."""
-        bits = from_bf16(self.bits) if self.kind == "bf16" else self.bits.copy()
-        return bits.reshape(self.shape)
+        """What is there now; bf16 as f32. Of a view everything, from the memory's beginning."""
+        bits = self.raw[self.start : self.end].view(DTYPES[self.kind])
+        return (from_bf16(bits) if self.kind == "bf16" else bits.copy()).reshape(self.shape)
 
     def data_ptr(self):
         return self.bits.ctypes.data

@@ -1,8 +1,8 @@
 """RMS norm of every head, then rotary embedding of adjacent pairs: what queries and keys go through.
 
-CPU twin: `kernels::rope::norm_rope`. X is (B, S, heads * HEAD) with rows of its own stride, so that queries and keys may
-be columns of one wider product. A program takes BLOCK heads out of all tokens' heads in order, which makes any number of
-heads fit (blocks are powers of two, Qwen-Image's 24 heads are none).
+CPU twin: `kernels::rope::norm_rope`. X is (B, S, heads * HEAD) with rows of its own stride, so that queries and keys
+may be columns of one wider product. A program takes BLOCK heads out of all tokens' heads in order, which makes any
+number of heads fit (blocks are powers of two, Qwen-Image's 24 heads are none).
 """
 
 import triton

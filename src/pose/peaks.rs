@@ -103,7 +103,7 @@ mod tests {
         let bump = |y: f32, x: f32, cy: f32, cx: f32| (-((y - cy).powi(2) + (x - cx).powi(2)) / 2.0).exp();
         let value = |i: usize| {
             let (y, x) = ((i / 2 / w) as f32, (i / 2 % w) as f32);
-            if i % 2 == 0 { 9.0 } else { bump(y, x, 3.25, 2.0) + 0.8 * bump(y, x, 3.25, 9.0) }
+            if i.is_multiple_of(2) { 9.0 } else { bump(y, x, 3.25, 2.0) + 0.8 * bump(y, x, 3.25, 9.0) }
         };
         let values: Vec<f32> = (0..h * w * 2).map(value).collect();
         let map = Map { values: &values, height: h, width: w, channels: 2, channel: 1 };
