@@ -100,7 +100,7 @@ fn stages() {
     let modules = |pattern: &str| format!("[{{name: a, target_modules: [{pattern}]}}]");
     refused(
         &modules("attn.to_qq"),
-        &["stages.0.target_modules: `attn.to_qq` matches no module", "`to_q`", "stage `a`"],
+        &["stages.0.target_modules: `attn.to_qq` matches no module", "`attn.to_q`", "stage `a`"],
     );
     refused(&modules("modulation"), &["matches no module that this run trains", "hint: a stage trains a part of"]);
     refused("[{name: a, target_modules: []}]", &["`stages.0.target_modules` is empty", "stage `a`"]);

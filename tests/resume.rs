@@ -72,9 +72,9 @@ const STAGES: &str = "stages=[{name: all, until: 8}, {name: circles, until: 0.75
 
 #[test]
 fn a_staged_run_resumes_in_the_right_stage_to_the_same_bytes() {
-    let staged = ["--threads", "2", "--set", STAGES];
+    let staged = ["--threads", "2", "--set", STAGES, "--set", "save.keep=0"];
     let whole = Workplace::new();
-    let output = whole.train_ok(&[&staged[..], &["--set", "save.keep=0"]].concat());
+    let output = whole.train_ok(&staged);
     let place = Workplace::new();
     for logged in [5, 13] {
         let mut run = place.spawn(&[&staged[..], &["--resume", "auto", "--set", "save.every=1"]].concat());

@@ -216,7 +216,7 @@ fn without_any_whole_checkpoint_the_damage_is_named() {
         &error,
         &[
             "no checkpoint in `runs/recipe/checkpoints` is whole\n  ",
-            "step-000004/optimizer.safetensors` is not a whole",
+            "step-000004/optimizer.safetensors` is damaged: its checksum is not",
             "hint: put",
         ],
     );

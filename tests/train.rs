@@ -62,14 +62,15 @@ fn quiet_says_nothing_and_json_one_object() {
 fn a_caption_that_is_cut_is_named_with_its_image_from_the_cache_too() {
     let place = Workplace::new();
     std::fs::write(place.path("images/04-house.txt"), "word ".repeat(60)).unwrap();
-    let args = ["--set", "data.max_sequence_length=64", "--set", "training.max_steps=1"];
+    let args =
+        ["--set", "data.max_sequence_length=128", "--set", "training.max_steps=1", "--set", "training.warmup_steps=0"];
     for output in ["output=runs/one", "output=runs/two"] {
         let text = stderr(&place.train_ok(&[&args[..], &["--set", output]].concat()));
         let notes: Vec<&str> = text.lines().filter(|line| line.contains("is cut")).collect();
         assert_eq!(notes.len(), 1, "{text}");
         assert_says(
             notes[0],
-            &["note: the caption of 04-house.png is cut: it has ", "`data.max_sequence_length` keeps 64"],
+            &["note: the caption of 04-house.png is cut: it has ", "`data.max_sequence_length` keeps 128"],
         );
     }
 }

@@ -28,9 +28,8 @@ pub fn markdown() -> String {
     table(&mut page, "", &plain);
     for section in &sections {
         let _ = write!(page, "\n## {}\n\n{}\n\n", section.name, text(section));
-        let (maps, plain): (Vec<_>, Vec<_>) = section.fields.iter().partition(|f| !f.fields.is_empty());
-        table(&mut page, &format!("{}.", section.name), plain);
-        for map in maps {
+        table(&mut page, &format!("{}.", section.name), &section.fields);
+        for map in section.fields.iter().filter(|f| !f.fields.is_empty()) {
             sub_table(&mut page, &format!("{}.{}", section.name, map.name), map);
         }
         if section.name == "lora" {
@@ -39,9 +38,9 @@ pub fn markdown() -> String {
         }
     }
     page.push_str(STAGES);
-    let (filters, plain): (Vec<_>, Vec<_>) = Stage::fields().into_iter().partition(|f| !f.fields.is_empty());
-    table(&mut page, "", &plain);
-    for map in &filters {
+    let stage = Stage::fields();
+    table(&mut page, "", &stage);
+    for map in stage.iter().filter(|f| !f.fields.is_empty()) {
         sub_table(&mut page, &format!("stages.N.{}", map.name), map);
     }
     page
@@ -74,12 +73,13 @@ fn sub_table(page: &mut String, key: &str, map: &FieldInfo) {
     table(page, &format!("{key}."), &map.fields);
 }
 
-fn table<'a>(page: &mut String, prefix: &str, fields: impl IntoIterator<Item = &'a FieldInfo>) {
+fn table(page: &mut String, prefix: &str, fields: &[FieldInfo]) {
     page.push_str("| key | default | value | meaning |\n|---|---|---|---|\n");
     for field in fields {
         let key = format!("{prefix}{}", field.name);
         let default = match (DERIVED_DEFAULTS.iter().find(|(k, _)| *k == key), &field.default) {
             (Some((_, derived)), _) => format!("`{derived}`"),
+            (None, Some(_)) if !field.fields.is_empty() => "see below".into(),
             (None, Some(node)) => format!("`{}`", node.inline()),
             (None, None) => "required".into(),
         };

@@ -211,7 +211,7 @@ impl Dataset {
     /// hash, caption and mask hash, sorted.
     pub fn hash(&self) -> String {
         let mask = |i: &'_ Item| i.mask.as_ref().map(|mask| *mask.hash.as_bytes());
-        let mut triples: Vec<(&[u8; 32], &str, Option<[u8; 32]>)> =
+        let mut triples: Vec<_> =
             self.items.iter().map(|i| (i.image_hash.as_bytes(), i.caption.as_str(), mask(i))).collect();
         triples.sort_unstable();
         let mut hasher = blake3::Hasher::new();
