@@ -102,3 +102,36 @@ fn pose_draws_what_it_sees_and_says_it_as_json() {
     assert_eq!(wrong.status.code(), Some(2));
     assert!(stderr(&wrong).contains("did you mean `posenet`?"), "{}", stderr(&wrong));
 }
+
+#[test]
+fn the_benchmark_times_the_parts_of_a_step_and_the_self_test_passes_on_the_cpu() {
+    let shape = "--layers 1 --heads 2 --head-dim 32 --axes 8,12,12 --joint-dim 32 --grid 4,4 --text 8 --rank 2";
+    let bench = |more: &str| {
+        let line = format!("bench {shape} --steps 2 --warmup 1 {more}");
+        qwen_lora(&line.split_whitespace().collect::<Vec<_>>())
+    };
+    for more in ["--device cpu", "--device cpu --dtype bf16 --checkpointing full --composed"] {
+        let output = bench(more);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let number = |key: &str| report[key].as_f64().unwrap_or_else(|| panic!("{key} in {report}"));
+        let phases = report["phase_s"].as_object().unwrap();
+        for phase in ["noising", "forward", "loss", "backward", "clipping", "optimizer"] {
+            assert!(phases[phase].as_f64().unwrap() >= 0.0, "{phase}");
+        }
+        let sum: f64 = phases.values().map(|s| s.as_f64().unwrap()).sum();
+        assert!(sum > 0.0 && sum <= 1.5 * number("step_s_max"), "{report}");
+        assert!(number("model_tflops") > 0.0 && number("model_share") <= number("gemm_share"), "{report}");
+        assert_eq!(report["device"], "cpu");
+    }
+    let output = qwen_lora(&["kernels", "--device", "cpu"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("all within their limits"));
+    assert!(stderr(&output).contains("composed ops are compared"), "{}", stderr(&output));
+    #[cfg(not(feature = "cuda"))]
+    {
+        let output = bench("--device cuda:0");
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains("--features cuda"), "{}", stderr(&output));
+    }
+}

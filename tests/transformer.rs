@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use qwen_lora::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
+use qwen_lora::kernels::route::composed_only;
 use qwen_lora::kernels::{cpu, no_grad};
 use qwen_lora::model::transformer::{
     BaseWeights, Checkpointing, Inputs, Precision, QwenImageTransformer, TransformerConfig,
@@ -226,4 +227,21 @@ fn a_model_without_adapters_records_nothing() {
     };
     assert!(!model.forward(inputs, Checkpointing::None).unwrap().needs_grad());
     assert!(!no_grad(|| model.forward(inputs, Checkpointing::Full)).unwrap().needs_grad());
+}
+
+#[test]
+fn composed_ops_train_as_the_kernels_do() {
+    let mut model = model(BaseWeights::Frozen);
+    let trainable = Trainable::attach(&mut model, &adapter(&ALL)).unwrap();
+    let batch = batch(0, &[4, 6], 6);
+    let kernels = gradients(&model, &trainable, &batch, Checkpointing::None);
+    let composed = composed_only(|| gradients(&model, &trainable, &batch, Checkpointing::None));
+    let again = composed_only(|| gradients(&model, &trainable, &batch, Checkpointing::Full));
+    assert_eq!(composed, again, "recompute changes no bit here either");
+    for ((name, a), b) in trainable.names().iter().zip(&composed).zip(&kernels) {
+        assert_eq!(a.is_some(), b.is_some(), "{name}");
+        if let (Some(a), Some(b)) = (a, b) {
+            assert!(relative(a, b) < 2e-5, "{name}: {}", relative(a, b));
+        }
+    }
 }

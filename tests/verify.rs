@@ -1,9 +1,11 @@
 //! Every recorded value of the reference cases is reproduced, and what is not reproduced is seen.
 
 use candle_core::{DType, Device, Tensor};
-use qwen_lora::cli::verify::{VerifyArgs, run as verify_command};
+use qwen_lora::cli::verify::{VerifyArgs, VerifyDtype, run as verify_command};
+use qwen_lora::config::DeviceChoice;
 use qwen_lora::io::Weights;
 use qwen_lora::io::safetensors::{MappedFile, RawTensor, write};
+use qwen_lora::kernels::route::composed_only;
 use qwen_lora::kernels::{Value, backward};
 use qwen_lora::model::text_encoder::{PromptEncoder, Residency, TextEncoder, TextEncoderConfig};
 use qwen_lora::model::tokenizer::PromptTokenizer;
@@ -46,6 +48,18 @@ fn both_reference_cases_are_reproduced() {
         for stage in ["scheduler", "image", "tokenizer", "text", "vae", "pipeline"] {
             assert!(report.rows.iter().any(|r| r.stage == stage), "{stage} of {name} was not replayed");
         }
+    }
+}
+
+#[test]
+fn composed_ops_reproduce_the_recorded_transformer_and_training() {
+    // What runs on a GPU where no kernel takes part; and bf16 within its wider limits.
+    let case = edited("case_a", |name, t| ["tf.", "lora."].iter().any(|p| name.starts_with(p)).then_some(t));
+    for dtype in [DType::F32, DType::BF16] {
+        let mut case = Case::open(&reference("case_a").join("pipe"), case.path(), None).unwrap();
+        case.dtype = dtype;
+        let (report, _) = composed_only(|| verify::run(&case, |_| {}).unwrap());
+        assert!(report.ok() && report.rows.len() > 50, "{dtype:?}\n{report}");
     }
 }
 
@@ -242,6 +256,8 @@ fn the_command_writes_what_it_computed_and_fails_on_a_deviation() {
         reference,
         adapter: None,
         output: Some(output.into()),
+        device: DeviceChoice::Cpu,
+        dtype: VerifyDtype::F32,
         json,
     };
     let dir = tempfile::tempdir().unwrap();

@@ -4,6 +4,7 @@ use crate::adapters::target::Target;
 use crate::error::Result;
 use crate::rng::{Purpose, Stream};
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 /// How A is drawn. B starts at zero, so that an untrained adapter changes nothing.
@@ -82,7 +83,7 @@ impl LoraAdapter {
             };
             Ok((target.name.clone(), module))
         };
-        Ok(Self { modules: targets.iter().map(fresh).collect::<Result<_>>()? })
+        Ok(Self { modules: targets.par_iter().map(fresh).collect::<Result<_>>()? })
     }
 
     /// Number of trainable numbers.

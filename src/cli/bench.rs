@@ -1,9 +1,11 @@
 //! `qwen-lora bench`.
 
 use crate::cli::{print_line, use_threads};
-use crate::config::{Checkpointing, LossGate, LossWeights};
+use crate::config::{Checkpointing, DeviceChoice, LossGate, LossWeights};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::flow::gate::Gate;
+use crate::kernels::route::composed_only;
 use crate::model::synth::tiny_in_cache;
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::{CropDecoder, Vae};
@@ -11,7 +13,7 @@ use crate::pose::posenet::PoseNet;
 use crate::progress::tell;
 use crate::train::bench::{Guided, Shape, bench};
 use crate::train::structured::{Structured, TermWeights};
-use candle_core::{DType, Device};
+use candle_core::DType;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 
@@ -19,11 +21,15 @@ use std::path::PathBuf;
 #[derive(Args)]
 pub struct BenchArgs {
     /// Folder of a transformer: config.json and weights. Without it, random weights of the geometry below.
-    #[arg(long, value_name = "TRANSFORMER_DIR", conflicts_with_all = ["layers", "heads", "head_dim", "axes", "joint_dim"])]
+    #[arg(long, value_name = "TRANSFORMER_DIR", conflicts_with_all = ["preset", "layers", "heads", "head_dim", "axes", "joint_dim"])]
     model: Option<PathBuf>,
-    /// Blocks.
-    #[arg(long, value_name = "N", default_value_t = 6)]
-    layers: usize,
+    /// Dimensions of a published model (random weights), a 1024x1024 image and 512 text tokens where nothing else is
+    /// said. Its 41 GB of bf16 weights are made on the device.
+    #[arg(long, value_enum, conflicts_with_all = ["heads", "head_dim", "axes", "joint_dim"])]
+    preset: Option<Preset>,
+    /// Blocks [default: 6, with a preset its own].
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
     /// Attention heads.
     #[arg(long, value_name = "N", default_value_t = 8)]
     heads: usize,
@@ -36,15 +42,15 @@ pub struct BenchArgs {
     /// Width of the text features.
     #[arg(long, value_name = "N", default_value_t = 512)]
     joint_dim: usize,
-    /// Rows and columns of the image in latent patches of 16 pixels.
-    #[arg(long, value_name = "H,W", value_delimiter = ',', default_values_t = [16, 16])]
+    /// Rows and columns of the image in latent patches of 16 pixels [default: 16,16, with a preset 64,64].
+    #[arg(long, value_name = "H,W", value_delimiter = ',')]
     grid: Vec<usize>,
-    /// Text tokens; the last sample of the batch has three quarters of them.
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    text: usize,
-    /// Samples in a step.
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    batch: usize,
+    /// Text tokens; the last sample of a larger batch has three quarters of them [default: 64, with a preset 512].
+    #[arg(long, value_name = "N")]
+    text: Option<usize>,
+    /// Samples in a step [default: 2, with a preset 1].
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
     /// Rank of the adapter.
     #[arg(long, value_name = "N", default_value_t = 16)]
     rank: usize,
@@ -60,12 +66,18 @@ pub struct BenchArgs {
     /// Threads to compute with [default: all cores].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Type of base weights and activations.
-    #[arg(long, value_enum, default_value = "f32")]
-    dtype: BenchDtype,
+    /// Where to compute: auto, cpu or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceChoice,
+    /// Type of base weights and activations [default: f32, on a GPU bf16].
+    #[arg(long, value_enum)]
+    dtype: Option<BenchDtype>,
     /// What the forward pass keeps.
     #[arg(long, value_enum, default_value = "none")]
     checkpointing: BenchCheckpointing,
+    /// Run every op composed of candle's operations, without kernels of our own (slow; to compare).
+    #[arg(long)]
+    composed: bool,
     /// Add the structured loss in every so manyth step: PoseNet behind the VAE of `synthetic:tiny`; 0 times plain steps.
     #[arg(long, value_name = "N", default_value_t = 0)]
     structured_every: usize,
@@ -78,6 +90,12 @@ pub struct BenchArgs {
     /// Seed of random weights and data.
     #[arg(long, default_value_t = 7)]
     seed: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Preset {
+    /// Qwen/Qwen-Image: 60 blocks of 24 heads of 128, 20.4 billion parameters.
+    QwenImage,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -96,9 +114,13 @@ enum BenchCheckpointing {
 /// Runs the verb.
 pub fn run(args: &BenchArgs) -> Result<()> {
     use_threads(args.threads)?;
+    let compute = device::open(args.device)?;
+    compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
     let precision = Precision::uniform(match args.dtype {
-        BenchDtype::F32 => DType::F32,
-        BenchDtype::Bf16 => DType::BF16,
+        Some(BenchDtype::F32) => DType::F32,
+        Some(BenchDtype::Bf16) => DType::BF16,
+        None if compute.device.is_cpu() => DType::F32,
+        None => DType::BF16,
     });
     let checkpointing = match args.checkpointing {
         BenchCheckpointing::None => Checkpointing::None,
@@ -109,47 +131,49 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         true => Ok(list.to_vec()),
         false => Err(Error::usage(format!("`--{flag}` wants {n} positive numbers")).expected(n, format!("{list:?}"))),
     };
-    let grid = list("grid", &args.grid, 2)?;
-    for (flag, value) in [("text", args.text), ("batch", args.batch), ("rank", args.rank), ("steps", args.steps)] {
+    let (side, text, batch) = if args.preset.is_some() { (64, 512, 1) } else { (16, 64, 2) };
+    let (text, batch) = (args.text.unwrap_or(text), args.batch.unwrap_or(batch));
+    let grid = if args.grid.is_empty() { vec![side, side] } else { list("grid", &args.grid, 2)? };
+    for (flag, value) in [("text", text), ("batch", batch), ("rank", args.rank), ("steps", args.steps)] {
         if value == 0 {
             return Err(Error::usage(format!("`--{flag}` is 0")).expected("1 or more", 0));
         }
     }
-    let device = Device::Cpu;
     let model = match &args.model {
-        Some(folder) => QwenImageTransformer::load(folder, precision, &device, BaseWeights::Frozen)?,
+        Some(folder) => QwenImageTransformer::load(folder, precision, &compute.device, BaseWeights::Frozen)?,
         None => {
             let axes = list("axes", &args.axes, 3)?;
-            let config = TransformerConfig {
-                patch_size: 2,
-                in_channels: 64,
-                out_channels: 16,
-                num_layers: args.layers,
-                attention_head_dim: args.head_dim,
-                num_attention_heads: args.heads,
-                joint_attention_dim: args.joint_dim,
-                axes_dims_rope: [axes[0], axes[1], axes[2]],
-                zero_cond_t: false,
-                use_additional_t_cond: false,
-                use_layer3d_rope: false,
+            let published = TransformerConfig::qwen_image();
+            let mut config = match args.preset {
+                Some(Preset::QwenImage) => published,
+                None => TransformerConfig {
+                    num_layers: 6,
+                    attention_head_dim: args.head_dim,
+                    num_attention_heads: args.heads,
+                    joint_attention_dim: args.joint_dim,
+                    axes_dims_rope: [axes[0], axes[1], axes[2]],
+                    ..published
+                },
             };
+            config.num_layers = args.layers.unwrap_or(config.num_layers);
             config.check().map_err(|e| Error::usage("these dimensions do not fit together").detail(e))?;
-            QwenImageTransformer::random(config, args.seed, precision, &device, BaseWeights::Frozen)?
+            QwenImageTransformer::random(config, args.seed, precision, &compute.device, BaseWeights::Frozen)?
         }
     };
-    let mut shape = Shape {
+    let shape = Shape {
         grid: (grid[0], grid[1]),
-        text_tokens: args.text,
-        batch: args.batch,
+        text_tokens: text,
+        batch,
         rank: args.rank,
         targets: args.targets.clone(),
         steps: args.steps,
         warmup: args.warmup,
         checkpointing,
         seed: args.seed,
-        structured: if args.structured_every > 0 { Some(guided(args)?) } else { None },
     };
-    let report = bench(model, &mut shape, |step, seconds| tell(format_args!("step {step}: {seconds:.4} s")))?;
+    let guided = if args.structured_every > 0 { Some(guided(args)?) } else { None };
+    let timed = || bench(model, &shape, guided, |step, seconds| tell(format_args!("step {step}: {seconds:.4} s")));
+    let report = if args.composed { composed_only(timed)? } else { timed()? };
     print_line(serde_json::to_string(&report).expect("a report is plain data"))
 }
 

@@ -2,7 +2,8 @@
 
 use crate::cli::route::Routing;
 use crate::cli::{print_line, use_threads};
-use crate::config::ImageSize;
+use crate::config::{DeviceChoice, ImageSize};
+use crate::device;
 use crate::error::{Error, Result, nearest};
 use crate::io::png;
 use crate::progress::tell;
@@ -57,9 +58,12 @@ pub struct GenerateArgs {
     /// WIDTHxHEIGHT, or a published aspect ratio: 1:1, 16:9, 9:16, 4:3, 3:4, 3:2, 2:3 [default: 1:1, 1328x1328]
     #[arg(long, value_name = "SIZE")]
     size: Option<String>,
-    /// Type of the transformer's weights in memory [default: f32]
+    /// Type of the transformer's weights in memory [default: f32, on a GPU bf16]
     #[arg(long, value_name = "TYPE")]
     dtype: Option<WeightType>,
+    /// Where the transformer runs: auto, cpu or cuda:N; text encoder and VAE run on the CPU
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: DeviceChoice,
     /// Images that go through the transformer together
     #[arg(long, value_name = "N", default_value_t = 1)]
     batch_size: usize,
@@ -100,9 +104,10 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if args.batch_size == 0 {
         return Err(Error::usage("`--batch-size` is 0").expected("1 or more", 0));
     }
-    let mut recipe = recipe(args)?;
+    let compute = device::open(args.device)?;
+    let mut recipe = recipe(args, compute.device.is_cpu())?;
     let routing = args.auto_lora.as_deref().map(|path| Routing::new(path, &mut recipe)).transpose()?;
-    let generator = Generator::open(recipe, args.offline)?;
+    let generator = Generator::open(recipe, args.offline, compute.device)?;
     if let Some(routing) = &routing {
         routing.check_bases(&generator.recipe().base_fingerprint)?;
         if !args.quiet {
@@ -110,6 +115,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         }
     }
     if !args.quiet {
+        compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
         generator.notes().iter().for_each(|note| tell(format_args!("warning: {note}")));
     }
     let jobs = generator.jobs();
@@ -133,7 +139,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 }
 
 /// The recipe that the arguments ask for: their own values, then those of `--from`, then the defaults.
-fn recipe(args: &GenerateArgs) -> Result<Recipe> {
+fn recipe(args: &GenerateArgs, on_cpu: bool) -> Result<Recipe> {
     let base = match &args.from {
         Some(path) => Recipe::read(path)?,
         None => Recipe {
@@ -150,7 +156,7 @@ fn recipe(args: &GenerateArgs) -> Result<Recipe> {
             steps: 50,
             guidance: 4.0,
             size: ImageSize::default().to_string(),
-            dtype: "f32".into(),
+            dtype: if on_cpu { "f32" } else { "bf16" }.into(),
         },
     };
     let mut recipe = Recipe { program: PROGRAM.into(), ..base };

@@ -10,6 +10,7 @@ pub mod convert;
 pub mod extract;
 pub mod generate;
 pub mod inspect;
+pub mod kernels;
 pub mod merge;
 pub mod pose;
 pub mod prompt;
@@ -55,6 +56,7 @@ verbs! {
     pose: Pose(PoseArgs);
     verify: Verify(VerifyArgs);
     bench: Bench(BenchArgs);
+    kernels: Kernels(KernelsArgs);
     merge: Merge(MergeArgs);
     convert: Convert(ConvertArgs);
     inspect: Inspect(InspectArgs);

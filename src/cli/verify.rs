@@ -1,10 +1,13 @@
 //! `qwen-lora verify`: replays a recorded case of the reference implementation.
 
 use crate::cli::print_line;
+use crate::config::DeviceChoice;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::io::safetensors::{RawTensor, write};
 use crate::progress::tell;
 use crate::verify::{Case, run as replay};
+use candle_core::DType;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -23,14 +26,36 @@ pub struct VerifyArgs {
     /// Write everything that was computed to this safetensors file, under the recorded names.
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Where the transformer runs: auto, cpu or cuda:N; the other networks run on the CPU.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceChoice,
+    /// Type in which the transformer is held and run: f32, or bf16 with wider limits.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: VerifyDtype,
     /// Print the report as JSON instead of a table.
     #[arg(long)]
     pub json: bool,
 }
 
+/// Types in which the transformer can be verified.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum VerifyDtype {
+    /// 32-bit floats, as the values were recorded.
+    F32,
+    /// 16-bit floats with the range of f32.
+    Bf16,
+}
+
 /// Replays the case and prints the report. Errors: a case that cannot be opened; any value outside its limits.
 pub fn run(args: &VerifyArgs) -> Result<()> {
-    let case = Case::open(&args.model, &args.reference, args.adapter.as_deref())?;
+    let compute = device::open(args.device)?;
+    compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
+    let mut case = Case::open(&args.model, &args.reference, args.adapter.as_deref())?;
+    case.device = compute.device;
+    case.dtype = match args.dtype {
+        VerifyDtype::F32 => DType::F32,
+        VerifyDtype::Bf16 => DType::BF16,
+    };
     if !case.model.is_dir() {
         return Err(Error::usage(format!("there is no model folder `{}`", case.model.display())));
     }

@@ -151,10 +151,8 @@ impl Config {
 
     /// Fails if the config asks for what this version cannot do. Called before training; reading a config does not.
     pub fn check_supported(&self) -> Result<()> {
-        if let DeviceChoice::Cuda(n) = self.device {
-            return Err(Error::usage(format!("this version cannot train on `device: cuda:{n}`"))
-                .detail("it has kernels for the CPU only")
-                .hint("use `device: cpu` or `device: auto`"));
+        if matches!(self.device, DeviceChoice::Cuda(_)) && cfg!(not(feature = "cuda")) {
+            return Err(crate::device::no_cuda(self.device));
         }
         Ok(())
     }

@@ -100,22 +100,40 @@ impl Field for DeviceChoice {
     }
     fn read(node: &Node, at: &At) -> Result<Self> {
         let device = match &node.content {
-            Content::Text(text) => match text.as_str() {
-                "auto" => Some(Self::Auto),
-                "cpu" => Some(Self::Cpu),
-                "cuda" => Some(Self::Cuda(0)),
-                other => other.strip_prefix("cuda:").and_then(|n| n.parse().ok()).map(Self::Cuda),
-            },
+            Content::Text(text) => text.parse().ok(),
             _ => None,
         };
         device.ok_or_else(|| at.unexpected(node, Self::kind()))
     }
     fn write(&self) -> Node {
-        Node::text(match self {
-            Self::Auto => "auto".into(),
-            Self::Cpu => "cpu".into(),
-            Self::Cuda(n) => format!("cuda:{n}"),
-        })
+        Node::text(self.to_string())
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(n) => write!(f, "cuda:{n}"),
+        }
+    }
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let number = |n: &str| n.parse().ok().map(Self::Cuda);
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            other => other
+                .strip_prefix("cuda:")
+                .and_then(number)
+                .ok_or_else(|| Error::usage("no such device").expected(<Self as Field>::kind(), format!("`{other}`"))),
+        }
     }
 }
 

@@ -6,9 +6,11 @@
 //! Text keys beyond a sample's length take no part; padded queries attend like others and nobody reads them.
 
 use crate::error::Result;
+use crate::kernels::composed;
 use crate::kernels::cpu::{self, par_rows, uninit, view};
 use crate::kernels::math::{dot, exp, max, sum, vectorized};
 use crate::kernels::matmul::{Into, Mat, MatMut, gemm_one_thread};
+use crate::kernels::route::is_composed;
 use crate::kernels::tape::{Value, record};
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -30,6 +32,9 @@ pub struct Stream<'a> {
 ///
 /// `text_lengths` (B) are the valid text tokens of each sample; scores are scaled by `1 / sqrt(head)`.
 pub fn joint_attention(text: Stream, image: Stream, heads: usize, text_lengths: &[usize]) -> Result<Vec<Value>> {
+    if is_composed(image.q.tensor()) {
+        return composed::attention::joint_attention(text, image, heads, text_lengths);
+    }
     let (batch, text_tokens, width) = text.q.tensor().dims3()?;
     let dims = Dims {
         batch,
@@ -248,7 +253,7 @@ fn backward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{check, randn, relative_error};
+    use crate::kernels::testing::{check_both, randn, relative_error};
 
     /// Softmax attention over explicit scores, with a key-padding mask, in plain ops.
     fn twin(t: &[Tensor], heads: usize, lengths: &[usize]) -> candle_core::Result<Vec<Tensor>> {
@@ -280,9 +285,9 @@ mod tests {
 
     #[test]
     fn equals_its_twin_with_padding_and_ragged_tiles() {
-        check(&inputs(2, 5, 12, 24), 5e-6, |v| run(v, 3, &[5, 3]), |t| twin(t, 3, &[5, 3]));
+        check_both(&inputs(2, 5, 12, 24), 5e-6, |v| run(v, 3, &[5, 3]), |t| twin(t, 3, &[5, 3]));
         // More rows than one tile of 128 holds.
-        check(&inputs(1, 7, 150, 8), 5e-6, |v| run(v, 1, &[4]), |t| twin(t, 1, &[4]));
+        check_both(&inputs(1, 7, 150, 8), 5e-6, |v| run(v, 1, &[4]), |t| twin(t, 1, &[4]));
     }
 
     #[test]

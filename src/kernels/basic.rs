@@ -1,13 +1,13 @@
 //! Additions and look-ups.
 
 use crate::error::Result;
-use crate::kernels::cpu;
 use crate::kernels::tape::{Value, record1};
+use crate::kernels::tensors;
 use candle_core::Tensor;
 
 /// `x + y` for values of one shape.
 pub fn add(x: &Value, y: &Value) -> Result<Value> {
-    let out = cpu::add(x.tensor(), y.tensor())?;
+    let out = tensors::add(x.tensor(), y.tensor())?;
     Ok(record1(&[x, y], out, |grad| Ok(vec![Some(grad.clone()), Some(grad)])))
 }
 
@@ -25,11 +25,11 @@ pub fn embedding(table: &Value, rows: &[usize]) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{check, randn};
+    use crate::kernels::testing::{check_both, randn};
 
     #[test]
     fn sums_and_look_ups_equal_their_twins() {
-        check(
+        check_both(
             &[randn(0, &[3, 4], 1.0), randn(1, &[5, 4], 1.0)],
             5e-6,
             |v| Ok(vec![add(&v[0], &embedding(&v[1], &[4, 0, 4])?)?]),

@@ -4,9 +4,11 @@
 //! input (q, k and v) run as one group, so that their gradients of x are summed inside the matrix products.
 
 use crate::error::{Error, Result};
+use crate::kernels::composed;
 use crate::kernels::cpu::{self, column_sums, uninit, view};
 use crate::kernels::math::Activation;
 use crate::kernels::matmul::{Into, Mat, MatMut, gemm};
+use crate::kernels::route::is_composed;
 use crate::kernels::tape::{Value, record};
 use candle_core::{DType, Tensor};
 use std::rc::Rc;
@@ -57,6 +59,9 @@ pub fn linear_group(x: &Value, activation: Option<Activation>, layers: &[&Linear
     if x.dims().last() != Some(&k) {
         return Err(Error::run("the input does not fit the linear layer")
             .expected(format!("last dimension {k}"), format!("shape {:?}", x.dims())));
+    }
+    if is_composed(x.tensor()) {
+        return composed::linear::linear_group(x, activation, layers);
     }
     let m = x.tensor().elem_count() / k;
     let dtype = x.dtype();
@@ -231,7 +236,7 @@ impl InputGrad {
 mod tests {
     use super::*;
     use crate::kernels::tape::backward;
-    use crate::kernels::testing::{check, randn};
+    use crate::kernels::testing::{check_both, randn};
 
     fn layer(v: &[Value], with_lora: bool) -> Linear {
         let lora = with_lora.then(|| Lora { a: v[2].clone(), b: v[3].clone(), scale: 0.75 });
@@ -253,7 +258,7 @@ mod tests {
             inputs.extend([randn(10 * i + 2, &[3, k], 0.3), randn(10 * i + 3, &[n, 3], 0.3)]);
         }
         inputs.extend([randn(30, &[n, k], 0.2), randn(31, &[n], 1.0)]);
-        check(
+        check_both(
             &inputs,
             5e-6,
             |v| linear_group(&v[0], None, &[&layer(&v[1..5], true), &layer(&v[5..9], true), &layer(&v[9..], false)]),
@@ -273,13 +278,13 @@ mod tests {
             randn(3, &[2, 8], 0.5),
             randn(4, &[5, 2], 0.5),
         ];
-        check(
+        check_both(
             &inputs,
             5e-6,
             |v| Ok(vec![layer(&v[1..], true).forward_activated(&v[0], Activation::Silu)?]),
             |t| Ok(vec![twin_layer(&t[0].silu()?, &t[1..], true)?]),
         );
-        check(
+        check_both(
             &inputs,
             5e-6,
             |v| Ok(vec![layer(&v[1..], true).forward_activated(&v[0], Activation::GeluTanh)?]),

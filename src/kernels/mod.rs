@@ -3,12 +3,15 @@
 //! Candle's own autograd is not used, because (read in candle-core 0.11.1 `backprop.rs`) it computes the gradients
 //! of frozen weights, accumulates every gradient by allocating zeros and adding, keeps the whole graph alive while
 //! it runs, and knows only one output per op. Tensors, dtypes and devices are candle's; the tape is ours.
+//!
+//! The ops of the training path run on any device, see [`route`]; those of the text encoder and the VAE on the CPU.
 
 pub mod attention;
 pub mod basic;
 pub mod causal_attention;
 pub mod channel_norm;
 pub mod checkpoint;
+mod composed;
 pub mod conv;
 pub mod cpu;
 pub mod cuda;
@@ -22,8 +25,10 @@ pub mod pixels;
 pub mod pool;
 pub mod relu;
 pub mod rope;
+pub mod route;
 pub mod spatial_attention;
 pub mod tape;
+pub mod tensors;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tiles;

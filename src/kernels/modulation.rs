@@ -1,10 +1,12 @@
 //! The parts of adaLN besides its norm: which modulation a token takes, and the gated residual.
 
 use crate::error::Result;
+use crate::kernels::composed;
 use crate::kernels::cpu::{self, par_rows, uninit, view};
 use crate::kernels::math::vectorized;
+use crate::kernels::route::is_composed;
 use crate::kernels::tape::{Value, record1};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -14,17 +16,61 @@ pub struct TokenRows {
     batch: usize,
     tokens: usize,
     conditioned: Option<Arc<[bool]>>,
+    /// The row of every token, on the GPU that first asked for it.
+    #[cfg(feature = "cuda")]
+    on_device: Arc<std::sync::OnceLock<Tensor>>,
 }
 
 impl TokenRows {
     /// Every token of a sample takes the sample's row; R = B.
     pub fn per_sample(batch: usize, tokens: usize) -> Self {
-        Self { batch, tokens, conditioned: None }
+        Self::new(batch, tokens, None)
     }
 
     /// Tokens marked in `conditioned` (one flag per token of a sample) take row B + b, the others row b; R = 2B.
     pub fn with_conditions(batch: usize, conditioned: Vec<bool>) -> Self {
-        Self { batch, tokens: conditioned.len(), conditioned: Some(conditioned.into()) }
+        Self::new(batch, conditioned.len(), Some(conditioned.into()))
+    }
+
+    fn new(batch: usize, tokens: usize, conditioned: Option<Arc<[bool]>>) -> Self {
+        Self {
+            batch,
+            tokens,
+            conditioned,
+            #[cfg(feature = "cuda")]
+            on_device: Arc::default(),
+        }
+    }
+
+    /// The row of every token of the flattened batch, (B * S) i32 on `device`.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(&self, device: &Device) -> Result<Tensor> {
+        if let Some(rows) = self.on_device.get().filter(|t| t.device().same_device(device)) {
+            return Ok(rows.clone());
+        }
+        let rows = Tensor::from_iter((0..self.batch * self.tokens).map(|i| self.row(i) as i32), device)?;
+        let _ = self.on_device.set(rows.clone());
+        Ok(rows)
+    }
+
+    /// Samples in the batch.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Tokens of a sample.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The row of every token of the flattened batch, as a tensor (B * S) of indices; `None` where token and sample
+    /// have the same row.
+    pub(super) fn ids(&self, device: &Device) -> Result<Option<Tensor>> {
+        if self.conditioned.is_none() {
+            return Ok(None);
+        }
+        let ids = (0..self.batch * self.tokens).map(|i| self.row(i) as u32);
+        Ok(Some(Tensor::from_iter(ids, device)?))
     }
 
     /// The row for token `i` of the flattened batch.
@@ -87,6 +133,9 @@ impl TableSlice<'_> {
 ///
 /// Shapes: `x`, `y` (B, S, D); `mods` (R, C, D).
 pub fn gated_residual(x: &Value, y: &Value, mods: &Value, gate: usize, rows: &TokenRows) -> Result<Value> {
+    if is_composed(x.tensor()) {
+        return composed::modulation::gated_residual(x, y, mods, gate, rows);
+    }
     let d = *x.dims().last().expect("a token has a width");
     let chunks = mods.dims()[1];
     let (xs, ys, ms) = (view(x.tensor())?, view(y.tensor())?, view(mods.tensor())?);
@@ -156,7 +205,7 @@ pub(super) mod testing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{check, randn};
+    use crate::kernels::testing::{check_both, randn};
     use testing::{rows_twin, two_sample_rows};
 
     #[test]
@@ -164,7 +213,7 @@ mod tests {
         for conditioned in [false, true] {
             let rows = two_sample_rows(6, conditioned);
             let table_rows = if conditioned { 4 } else { 2 };
-            check(
+            check_both(
                 &[randn(0, &[2, 6, 70], 1.0), randn(1, &[2, 6, 70], 1.0), randn(2, &[table_rows, 2, 70], 1.0)],
                 5e-6,
                 |v| Ok(vec![gated_residual(&v[0], &v[1], &v[2], 1, &rows)?]),

@@ -1,9 +1,11 @@
 //! Normalisations: adaLN's modulated layer norm, and RMS norm with a weight.
 
 use crate::error::Result;
+use crate::kernels::composed;
 use crate::kernels::cpu::{self, column_sums, par_rows, uninit, view};
 use crate::kernels::math::{dot, sum, sum_over, vectorized};
 use crate::kernels::modulation::TokenRows;
+use crate::kernels::route::is_composed;
 use crate::kernels::tape::{Value, record1};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -20,6 +22,9 @@ pub fn modulated_norm(
     rows: &TokenRows,
     eps: f32,
 ) -> Result<Value> {
+    if is_composed(x.tensor()) {
+        return composed::norm::modulated_norm(x, mods, shift, scale, rows, eps);
+    }
     let d = *x.dims().last().expect("a token has a width");
     let chunks = mods.dims()[1];
     let (xs, ms) = (view(x.tensor())?, view(mods.tensor())?);
@@ -83,6 +88,9 @@ pub fn modulated_norm(
 ///
 /// Shapes: `x` (.., D); `weight` (D,).
 pub fn rms_norm(x: &Value, weight: &Value, eps: f32) -> Result<Value> {
+    if is_composed(x.tensor()) {
+        return composed::norm::rms_norm(x, weight, eps);
+    }
     let d = *x.dims().last().expect("a token has a width");
     let (xs, w) = (view(x.tensor())?, view(weight.tensor())?);
     let mut out = uninit(xs.len());
@@ -146,7 +154,7 @@ pub(super) fn rms_norm_weight_grad(x: &[f32], dy: &[f32], d: usize, eps: f32, dt
 mod tests {
     use super::*;
     use crate::kernels::modulation::testing::{rows_twin, two_sample_rows};
-    use crate::kernels::testing::{check, randn};
+    use crate::kernels::testing::{check_both, randn};
 
     #[test]
     fn modulated_norm_equals_its_twin() {
@@ -154,7 +162,7 @@ mod tests {
             let rows = two_sample_rows(5, conditioned);
             let table_rows = if conditioned { 4 } else { 2 };
             let inputs = [randn(0, &[2, 5, 24], 1.5), randn(1, &[table_rows, 3, 24], 0.5)];
-            check(
+            check_both(
                 &inputs,
                 5e-6,
                 |v| Ok(vec![modulated_norm(&v[0], &v[1], 2, 0, &rows, 1e-6)?]),
@@ -171,7 +179,7 @@ mod tests {
 
     #[test]
     fn rms_norm_equals_its_twin() {
-        check(
+        check_both(
             &[randn(0, &[2, 7, 20], 1.5), randn(1, &[20], 1.0)],
             5e-6,
             |v| Ok(vec![rms_norm(&v[0], &v[1], 1e-6)?]),

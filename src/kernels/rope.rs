@@ -1,11 +1,14 @@
 //! RMS norm of every head followed by rotary position embedding: what queries and keys go through, as one op.
 
 use crate::error::Result;
+use crate::kernels::composed;
 use crate::kernels::cpu::{self, par_rows, uninit, view};
 use crate::kernels::math::{dot, vectorized};
 use crate::kernels::norm::{rms_norm_backward, rms_norm_weight_grad};
+use crate::kernels::route::is_composed;
 use crate::kernels::tape::{Value, record1};
-use std::sync::Arc;
+use candle_core::{Device, Tensor};
+use std::sync::{Arc, OnceLock};
 
 /// Rotation angles of a sequence: cosines and sines, each (S, head / 2) row-major.
 #[derive(Clone, Debug)]
@@ -16,9 +19,28 @@ pub struct Rope {
     pub sin: Arc<[f32]>,
     /// Rotated pairs in a head.
     pub half: usize,
+    /// The tables as tensors on the device that first asked for them.
+    on_device: Arc<OnceLock<[Tensor; 2]>>,
 }
 
 impl Rope {
+    /// Tables of cosines and sines, each (S, `half`) row-major.
+    pub fn new(cos: Vec<f32>, sin: Vec<f32>, half: usize) -> Self {
+        Self { cos: cos.into(), sin: sin.into(), half, on_device: Arc::default() }
+    }
+
+    /// Cosines and sines as tensors (1, S, 1, `half`) on `device`.
+    pub(super) fn tables(&self, device: &Device) -> Result<[Tensor; 2]> {
+        if let Some(tables) = self.on_device.get().filter(|t| t[0].device().same_device(device)) {
+            return Ok(tables.clone());
+        }
+        let table = |x: &[f32]| Tensor::from_slice(x, (1, self.len(), 1, self.half), device);
+        let tables = [table(&self.cos)?, table(&self.sin)?];
+        // A second device, or a race, only costs the upload again.
+        let _ = self.on_device.set(tables.clone());
+        Ok(tables)
+    }
+
     fn row(&self, token: usize) -> (&[f32], &[f32]) {
         (&self.cos[token * self.half..][..self.half], &self.sin[token * self.half..][..self.half])
     }
@@ -41,6 +63,9 @@ pub fn norm_rope(x: &Value, weight: &Value, rope: &Rope, eps: f32) -> Result<Val
     let (_, tokens, width) = x.tensor().dims3()?;
     let head = weight.dims()[0];
     debug_assert_eq!((rope.half * 2, rope.len()), (head, tokens));
+    if is_composed(x.tensor()) {
+        return composed::rope::norm_rope(x, weight, rope, eps);
+    }
     let (xs, w) = (view(x.tensor())?, view(weight.tensor())?);
     let mut out = uninit(xs.len());
     par_rows(&mut out, width, |i, out| {
@@ -100,16 +125,16 @@ pub fn norm_rope(x: &Value, weight: &Value, rope: &Rope, eps: f32) -> Result<Val
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{check, randn};
-    use candle_core::{DType, Tensor};
+    use crate::kernels::testing::{check_both, randn};
+    use candle_core::DType;
 
     #[test]
     fn norm_rope_equals_its_twin() {
         let (batch, tokens, heads, head) = (2, 5, 3, 8);
         let angles = randn(9, &[tokens, head / 2], 2.0);
-        let table = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into();
-        let rope = Rope { cos: table(angles.cos().unwrap()), sin: table(angles.sin().unwrap()), half: head / 2 };
-        check(
+        let table = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let rope = Rope::new(table(angles.cos().unwrap()), table(angles.sin().unwrap()), head / 2);
+        check_both(
             &[randn(0, &[batch, tokens, heads * head], 1.5), randn(1, &[head], 1.0)],
             5e-6,
             |v| Ok(vec![norm_rope(&v[0], &v[1], &rope, 1e-6)?]),

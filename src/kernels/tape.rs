@@ -5,7 +5,7 @@
 //! shrinks while its gradients are computed.
 
 use crate::error::{Error, Result};
-use crate::kernels::cpu;
+use crate::kernels::tensors;
 use candle_core::{DType, Shape, Tensor};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -162,7 +162,7 @@ impl Gradients {
     fn add(&mut self, leaf: u64, grad: Tensor) -> Result<()> {
         let sum = match self.0.remove(&leaf) {
             None => grad,
-            Some(sum) => cpu::add(&sum, &grad)?,
+            Some(sum) => tensors::add(&sum, &grad)?,
         };
         self.0.insert(leaf, sum);
         Ok(())
@@ -190,11 +190,8 @@ enum Sum {
 impl Sum {
     fn add(self, other: &Tensor) -> Result<Self> {
         Ok(Self::Owned(match self {
-            Self::Borrowed(t) => cpu::add(&t, other)?,
-            Self::Owned(t) => {
-                cpu::add_assign(&t, other)?;
-                t
-            }
+            Self::Borrowed(t) => tensors::add(&t, other)?,
+            Self::Owned(t) => tensors::add_owned(t, other)?,
         }))
     }
 

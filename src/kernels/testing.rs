@@ -2,6 +2,7 @@
 //! that gradient in turn against finite differences.
 
 use crate::error::Result;
+use crate::kernels::route::composed_only;
 use crate::kernels::tape::{Value, backward};
 use crate::rng::{Purpose, Stream};
 use candle_core::{DType, Device, Tensor, Var};
@@ -22,7 +23,7 @@ pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 /// The same values in storage with an offset and, for matrices and above, swapped strides.
-fn scattered(t: &Tensor) -> Tensor {
+pub fn scattered(t: &Tensor) -> Tensor {
     let last = t.rank() - 1;
     let swapped = if t.rank() > 1 { t.transpose(last - 1, last).unwrap() } else { t.clone() };
     let padded = Tensor::cat(&[&swapped, &swapped], 0).unwrap();
@@ -69,6 +70,17 @@ pub fn check(
         }
     }
     finite_differences(&tensors, &f64s, &reference, |t| loss(&twin(t).unwrap()).to_scalar::<f64>().unwrap());
+}
+
+/// [`check`] for an op's CPU kernel, and for what it is composed of on other devices.
+pub fn check_both(
+    inputs: &[Tensor],
+    tolerance: f64,
+    op: impl Fn(&[Value]) -> Result<Vec<Value>>,
+    twin: impl Fn(&[Tensor]) -> candle_core::Result<Vec<Tensor>>,
+) {
+    check(inputs, tolerance, &op, &twin);
+    composed_only(|| check(inputs, tolerance, &op, &twin));
 }
 
 /// The twin's own gradient against central differences, at a few coordinates of every input.

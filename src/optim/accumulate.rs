@@ -4,7 +4,7 @@
 //! more for being in the last batch of its shape. Passes over batches of one size are summed as they are.
 
 use crate::error::Result;
-use crate::kernels::cpu;
+use crate::kernels::tensors;
 use candle_core::Tensor;
 
 /// Sums gradients, one slot per parameter. A slot that never got a gradient stays `None`.
@@ -37,7 +37,7 @@ impl Accumulator {
                 (None, grad) => grad,
                 (sum, None) => sum,
                 // Not in place: the first gradient may share its storage with another tensor.
-                (Some(sum), Some(grad)) => Some(cpu::add(&sum, &grad)?),
+                (Some(sum), Some(grad)) => Some(tensors::add(&sum, &grad)?),
             };
         }
         self.num_added += 1;

@@ -5,7 +5,9 @@
 
 use crate::config::Training;
 use crate::error::{Error, Result};
-use crate::kernels::cpu;
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::multi_tensor::{AdamwItem, adamw};
+use crate::kernels::{cpu, tensors};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -47,8 +49,53 @@ pub struct AdamW {
 struct Moments {
     /// Steps that this parameter has had a gradient in.
     step: u64,
-    exp_avg: Vec<f32>,
-    exp_avg_sq: Vec<f32>,
+    averages: Averages,
+}
+
+/// The decaying averages of a parameter's gradient and of its square.
+enum Averages {
+    Host {
+        exp_avg: Vec<f32>,
+        exp_avg_sq: Vec<f32>,
+    },
+    /// As tensors beside the parameter.
+    Device {
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+    },
+}
+
+impl Averages {
+    fn zeros(param: &Tensor) -> Result<Self> {
+        Ok(match tensors::is_composed(param) {
+            true => Self::Device { exp_avg: param.zeros_like()?, exp_avg_sq: param.zeros_like()? },
+            false => {
+                let zeros = vec![0.0; param.elem_count()];
+                Self::Host { exp_avg: zeros.clone(), exp_avg_sq: zeros }
+            }
+        })
+    }
+
+    /// From saved tensors of the parameter's shape.
+    fn of(param: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor) -> Result<Self> {
+        Ok(match tensors::is_composed(param) {
+            true => {
+                let own = |t: &Tensor| t.to_dtype(DType::F32)?.to_device(param.device())?.contiguous()?.copy();
+                Self::Device { exp_avg: own(exp_avg)?, exp_avg_sq: own(exp_avg_sq)? }
+            }
+            false => Self::Host { exp_avg: cpu::view(exp_avg)?.to_vec(), exp_avg_sq: cpu::view(exp_avg_sq)?.to_vec() },
+        })
+    }
+
+    fn to_tensors(&self, dims: &[usize]) -> Result<[Tensor; 2]> {
+        Ok(match self {
+            Self::Host { exp_avg, exp_avg_sq } => {
+                let tensor = |x: &[f32]| Tensor::from_slice(x, dims, &Device::Cpu);
+                [tensor(exp_avg)?, tensor(exp_avg_sq)?]
+            }
+            Self::Device { exp_avg, exp_avg_sq } => [exp_avg.clone(), exp_avg_sq.clone()],
+        })
+    }
 }
 
 impl AdamW {
@@ -62,12 +109,13 @@ impl AdamW {
     /// `grads` holds one entry per parameter, of its shape. A parameter without gradient is left entirely alone: no
     /// decay, and its step count does not move. A gradient of zeros still decays.
     ///
-    /// Errors: another number or shape of gradients; a tensor that is not f32 on the CPU.
+    /// Errors: another number or shape of gradients; a tensor that is not f32.
     pub fn step(&mut self, params: &[Parameter], grads: &[Option<Tensor>], lr: f64) -> Result<()> {
         if params.len() != grads.len() {
             return Err(Error::run("the optimizer wants one gradient per parameter")
                 .expected(format!("{} gradients", params.len()), grads.len()));
         }
+        let mut on_device = Vec::new();
         for (param, grad) in params.iter().zip(grads) {
             let Some(grad) = grad else { continue };
             if param.tensor.dtype() != DType::F32 || grad.dims() != param.tensor.dims() {
@@ -76,20 +124,28 @@ impl AdamW {
                     format!("{} weights and shape {:?}", param.tensor.dtype().as_str(), grad.dims()),
                 ));
             }
-            let num = grad.elem_count();
-            let moments = self.state.entry(param.name.clone()).or_insert_with(|| Moments {
-                step: 0,
-                exp_avg: vec![0.0; num],
-                exp_avg_sq: vec![0.0; num],
-            });
+            if !self.state.contains_key(&param.name) {
+                let averages = Averages::zeros(&param.tensor)?;
+                self.state.insert(param.name.clone(), Moments { step: 0, averages });
+            }
+            let moments = self.state.get_mut(&param.name).expect("inserted above");
             moments.step += 1;
             let update = Update::new(&self.options, lr, moments.step);
-            let (p, g) = (cpu::view(&param.tensor)?, cpu::view(grad)?);
-            let updated = update.apply(&p, &g, &mut moments.exp_avg, &mut moments.exp_avg_sq);
-            drop((p, g));
-            cpu::assign(&param.tensor, updated)?;
+            match &mut moments.averages {
+                Averages::Host { exp_avg, exp_avg_sq } => {
+                    let (p, g) = (cpu::view(&param.tensor)?, cpu::view(grad)?);
+                    let updated = update.apply(&p, &g, exp_avg, exp_avg_sq);
+                    drop((p, g));
+                    cpu::assign(&param.tensor, updated)?;
+                }
+                Averages::Device { exp_avg, exp_avg_sq } => {
+                    let grad = grad.to_dtype(DType::F32)?.contiguous()?;
+                    let (exp_avg, exp_avg_sq) = (exp_avg.clone(), exp_avg_sq.clone());
+                    on_device.push(DeviceUpdate { update, weights: param.tensor.clone(), grad, exp_avg, exp_avg_sq });
+                }
+            }
         }
-        Ok(())
+        DeviceUpdate::apply_all(&on_device)
     }
 
     /// The state by name, in the order of `params`: `<name>.exp_avg` and `<name>.exp_avg_sq` of the parameter's shape,
@@ -100,8 +156,9 @@ impl AdamW {
             let Some(moments) = self.state.get(&param.name) else { continue };
             let dims = param.tensor.dims();
             let mut push = |suffix: &str, tensor| tensors.push((format!("{}.{suffix}", param.name), tensor));
-            push("exp_avg", Tensor::from_slice(&moments.exp_avg, dims, &Device::Cpu)?);
-            push("exp_avg_sq", Tensor::from_slice(&moments.exp_avg_sq, dims, &Device::Cpu)?);
+            let [exp_avg, exp_avg_sq] = moments.averages.to_tensors(dims)?;
+            push("exp_avg", exp_avg);
+            push("exp_avg_sq", exp_avg_sq);
             push("step", Tensor::new(&[moments.step as i64], &Device::Cpu)?);
         }
         Ok(tensors)
@@ -135,9 +192,8 @@ impl AdamW {
                     return Err(Error::run(format!("the step count of `{}` is not one positive number", param.name)));
                 }
             };
-            let moments =
-                Moments { step, exp_avg: cpu::view(&exp_avg)?.to_vec(), exp_avg_sq: cpu::view(&exp_avg_sq)?.to_vec() };
-            state.insert(param.name.clone(), moments);
+            let averages = Averages::of(&param.tensor, &exp_avg, &exp_avg_sq)?;
+            state.insert(param.name.clone(), Moments { step, averages });
         }
         if let Some(name) = tensors.keys().next() {
             return Err(Error::run(format!("the optimizer state holds `{name}`, which is not trained here"))
@@ -175,6 +231,20 @@ impl Update {
         }
     }
 
+    /// The fields, in order, as the GPU's kernel takes them.
+    #[cfg(feature = "cuda")]
+    fn numbers(&self) -> [f32; 7] {
+        [
+            self.shrink,
+            self.one_minus_beta1,
+            self.beta2,
+            self.one_minus_beta2,
+            self.bias_correction2_sqrt,
+            self.eps,
+            self.neg_step_size,
+        ]
+    }
+
     /// The new weights; updates the moments. Every element is on its own, so the result does not depend on threads.
     fn apply(&self, weights: &[f32], grad: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32]) -> Vec<f32> {
         let mut out = cpu::uninit(weights.len());
@@ -199,10 +269,61 @@ impl Update {
     }
 }
 
+/// An update of tensors on a device, in their storage.
+struct DeviceUpdate {
+    update: Update,
+    weights: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+}
+
+impl DeviceUpdate {
+    fn apply_all(all: &[Self]) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if all.iter().all(|u| u.weights.device().is_cuda()) && adamw(&all.iter().map(Self::item).collect::<Vec<_>>())? {
+            return Ok(());
+        }
+        all.iter().try_for_each(Self::apply)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn item(&self) -> AdamwItem<'_> {
+        AdamwItem {
+            weights: &self.weights,
+            grad: &self.grad,
+            exp_avg: &self.exp_avg,
+            exp_avg_sq: &self.exp_avg_sq,
+            numbers: self.update.numbers(),
+        }
+    }
+
+    /// [`Update::apply`] composed of tensor operations: each is rounded as there, so that the results agree to the last
+    /// bits.
+    fn apply(&self) -> Result<()> {
+        let Self { update, weights, grad, exp_avg, exp_avg_sq } = self;
+        let one_minus_beta1 = f64::from(update.one_minus_beta1);
+        let m = match update.one_minus_beta1 < 0.5 {
+            true => (exp_avg + ((grad - exp_avg)? * one_minus_beta1)?)?,
+            false => (grad - ((grad - exp_avg)? * (1.0 - one_minus_beta1))?)?,
+        };
+        let squares = ((grad * f64::from(update.one_minus_beta2))? * grad)?;
+        let v = ((exp_avg_sq * f64::from(update.beta2))? + squares)?;
+        let denom = ((v.sqrt()? / f64::from(update.bias_correction2_sqrt))? + f64::from(update.eps))?;
+        let step = ((&m * f64::from(update.neg_step_size))? / denom)?;
+        let updated = ((weights * f64::from(update.shrink))? + step)?;
+        for (tensor, value) in [(exp_avg, m), (exp_avg_sq, v), (weights, updated)] {
+            tensors::assign(tensor, &value)?;
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::io::safetensors::MappedFile;
+    use crate::kernels::route::composed_only;
     use crate::rng::{Purpose, Stream};
 
     const OPTIONS: AdamWOptions = AdamWOptions { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
@@ -330,6 +451,31 @@ mod tests {
             optimizer.step(&resumed, &grads(t), LR).unwrap();
         }
         assert_eq!(values(&straight), values(&resumed));
+    }
+
+    #[test]
+    fn on_a_device_the_weights_and_the_state_are_the_same() {
+        let (here, there) = (params(), params());
+        let (mut on_host, mut on_device) = (AdamW::new(OPTIONS), AdamW::new(OPTIONS));
+        let close = |a: &Tensor, b: &Tensor| {
+            let [a, b] = [a, b].map(|t| t.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap());
+            a.iter().zip(&b).for_each(|(a, b)| assert!((a - b).abs() <= 3e-7 * a.abs().max(1e-6), "{a} {b}"));
+        };
+        composed_only(|| {
+            for t in 0..4 {
+                on_device.step(&there, &grads(t), LR).unwrap();
+                if t == 1 {
+                    let state = on_device.state_tensors(&there).unwrap();
+                    on_device = AdamW::new(OPTIONS);
+                    on_device.load_state(&there, state).unwrap();
+                }
+            }
+        });
+        (0..4).for_each(|t| on_host.step(&here, &grads(t), LR).unwrap());
+        here.iter().zip(&there).for_each(|(a, b)| close(&a.tensor, &b.tensor));
+        let (a, b) = (on_host.state_tensors(&here).unwrap(), on_device.state_tensors(&there).unwrap());
+        assert_eq!(a.len(), b.len());
+        a.iter().zip(&b).for_each(|(a, b)| close(&a.1, &b.1));
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Denoiser<'_> {
         denoise(noise, &sigmas, prompt, guidance, predict, step_done)
     }
 
-    /// The velocity (B, S, C) in f32 at one noise level.
+    /// The velocity (B, S, C) in f32 on the CPU at one noise level.
     fn predict(&self, latents: &Tensor, sigma: f32, prompt: &PromptBatch) -> Result<Tensor> {
         // Through the timestep and back, as the original does.
         let timesteps = vec![self.scheduler.timestep(sigma) / 1000.0; prompt.lengths.len()];
@@ -49,7 +49,7 @@ impl Denoiser<'_> {
             additional_t_cond: None,
         };
         let velocity = no_grad(|| self.transformer.forward(inputs, Checkpointing::None))?.into_tensor();
-        let velocity = velocity.to_dtype(DType::F32)?;
+        let velocity = velocity.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         if is_finite(&velocity)? { Ok(velocity) } else { Err(self.explain_not_finite(inputs, sigma)?) }
     }
 

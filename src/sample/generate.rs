@@ -5,7 +5,7 @@ use crate::adapters::read::ModuleTable;
 use crate::adapters::runtime::{combine, read_lora};
 use crate::adapters::{LoraAdapter, LoraModule};
 use crate::cache::fingerprint;
-use crate::config::{ComputeDtype, ImageSize};
+use crate::config::ImageSize;
 use crate::error::{Error, Result};
 use crate::flow::FlowMatchEuler;
 use crate::kernels::Value;
@@ -15,7 +15,7 @@ use crate::model::transformer::{Precision, QwenImageTransformer, TransformerConf
 use crate::model::vae::VaeConfig;
 use crate::progress;
 use crate::sample::{Denoiser, Guidance, LoraUse, PromptBatch, Recipe, initial_latents, stages};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -62,6 +62,7 @@ pub struct Generator {
     pipeline: PipelineFolder,
     scheduler: FlowMatchEuler,
     precision: Precision,
+    device: Device,
     latent_channels: usize,
     /// Pixels per side of an image token.
     token_side: usize,
@@ -72,11 +73,12 @@ pub struct Generator {
 
 impl Generator {
     /// Finds model and adapters, fills their fingerprints into the recipe, and checks everything that can be checked
-    /// without running a network. With `offline` a hub model is taken from the local cache only.
+    /// without running a network. With `offline` a hub model is taken from the local cache only. The transformer runs on
+    /// `device`, the text encoder and the VAE on the CPU.
     ///
     /// Errors (usage): values out of range, a missing or unfitting model or adapter, an adapter whose content is not
     /// the one that the recipe names.
-    pub fn open(mut recipe: Recipe, offline: bool) -> Result<Self> {
+    pub fn open(mut recipe: Recipe, offline: bool, device: Device) -> Result<Self> {
         recipe.check()?;
         let size = recipe.image_size()?;
         let weights = match recipe.dtype.as_str() {
@@ -117,8 +119,9 @@ impl Generator {
         }
         Ok(Self {
             scheduler: FlowMatchEuler::from_file(&pipeline.scheduler)?,
-            // Activations on the CPU are f32 whatever the weights are.
-            precision: Precision { weights, compute: ComputeDtype::Auto.resolve(false) },
+            // Activations on the CPU are f32 whatever the weights are; on a GPU they are as the weights.
+            precision: Precision { weights, compute: if device.is_cpu() { DType::F32 } else { weights } },
+            device,
             latent_channels: vae.z_dim,
             token_side: vae.spatial_compression() * transformer.patch_size,
             recipe,
@@ -182,7 +185,7 @@ impl Generator {
         timing.encode_s = began.elapsed().as_secs_f64();
 
         let began = Instant::now();
-        let mut transformer = stages::load_transformer(&self.pipeline, self.precision)?;
+        let mut transformer = stages::load_transformer(&self.pipeline, self.precision, &self.device)?;
         timing.load_s = began.elapsed().as_secs_f64();
 
         let began = Instant::now();
@@ -258,7 +261,8 @@ impl Generator {
 /// Puts an adapter on the network for inference. Errors: a module that the network does not have.
 fn put_on(transformer: &mut QwenImageTransformer, adapter: &LoraAdapter) -> Result<()> {
     for (name, LoraModule { a, b, scale, .. }) in &adapter.modules {
-        let lora = Lora { a: Value::constant(a.clone()), b: Value::constant(b.clone()), scale: *scale };
+        let there = |t: &Tensor| t.to_device(transformer.device()).map(Value::constant);
+        let lora = Lora { a: there(a)?, b: there(b)?, scale: *scale };
         if !transformer.set_adapter(name, Some(lora)) {
             return Err(Error::usage(format!("the adapter has a module `{name}` that the model does not have"))
                 .hint("was it trained on another model?"));

@@ -31,11 +31,15 @@ pub fn encode_prompts(
     encoder.encode(prompts, |layer| layer_done(layer, layers))
 }
 
-/// The frozen transformer.
-pub fn load_transformer(pipeline: &PipelineFolder, precision: Precision) -> Result<QwenImageTransformer> {
+/// The frozen transformer, on `device`.
+pub fn load_transformer(
+    pipeline: &PipelineFolder,
+    precision: Precision,
+    device: &Device,
+) -> Result<QwenImageTransformer> {
     let config = TransformerConfig::from_file(&pipeline.transformer.config)?;
     let weights = pipeline.transformer.open()?;
-    QwenImageTransformer::from_weights(config, &weights, precision, &Device::Cpu, BaseWeights::Frozen)
+    QwenImageTransformer::from_weights(config, &weights, precision, device, BaseWeights::Frozen)
 }
 
 /// The autoencoder. Images above a million pixels are decoded in tiles.

@@ -4,6 +4,7 @@
 use crate::cache::encode::{CacheRequest, fill_caches};
 use crate::config::{Config, Filter};
 use crate::data::{LeftOut, Loader};
+use crate::device;
 use crate::error::Result;
 use crate::flow::FlowMatchEuler;
 use crate::io::write_atomic;
@@ -66,7 +67,8 @@ impl Run {
     /// Errors: those of [`train`](crate::train::run::train).
     pub fn prepare(config: &Config, options: Options) -> Result<Prepared> {
         config.check_supported()?;
-        setup::precision(config)?;
+        let compute = device::open(config.device)?;
+        setup::precision(config, !compute.device.is_cpu())?;
         let dir = RunDir::new(&config.output);
         let start = Start::decide(&dir, config, options.resume)?;
         let data = RunData::open(config, options.quiet)?;
@@ -85,6 +87,7 @@ impl Run {
             return Ok(Prepared::Nothing(Outcome::DryRun(dry_run)));
         }
         let progress = Progress::new(config.training.max_steps as u64, options.quiet);
+        progress.notes(&compute.notes);
         progress.notes(&data.notices);
 
         dir.create()?;
@@ -108,7 +111,7 @@ impl Run {
         progress.notes(&prepared.notes);
         let (mut structured, guide) = prepared.loss.unzip();
 
-        let (mut model, trainable) = setup::load_network(config, &pipeline, &start)?;
+        let (mut model, trainable) = setup::load_network(config, &pipeline, &start, &compute.device)?;
         // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
         let yaml = config.to_yaml();
         write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;

@@ -106,11 +106,11 @@ pub fn targets(config: &Config, transformer: &TransformerConfig) -> Result<Vec<T
 }
 
 /// The types that weights and activations have. Errors: all weights are to be trained in another type than f32.
-pub fn precision(config: &Config) -> Result<Precision> {
-    let compute = config.training.dtype.resolve(false);
+pub fn precision(config: &Config, on_gpu: bool) -> Result<Precision> {
+    let compute = config.training.dtype.resolve(on_gpu);
     let weights = match config.model.dtype {
         crate::config::ComputeDtype::Auto => compute,
-        given => given.resolve(false),
+        given => given.resolve(on_gpu),
     };
     if config.training.mode == TrainingMode::Full && weights != DType::F32 {
         return Err(Error::usage("`training.mode: full` trains weights in f32")
@@ -131,15 +131,16 @@ pub fn check_networks(pipeline: &PipelineFolder) -> Result<()> {
     TextEncoder::from_weights(text_encoder, pipeline.text_encoder.open()?, Residency::Streamed).map(|_| ())
 }
 
-/// Loads the transformer and puts on it what is trained: fresh, or as a checkpoint left it.
+/// Loads the transformer onto `device` and puts on it what is trained: fresh, or as a checkpoint left it.
 pub fn load_network(
     config: &Config,
     pipeline: &PipelineFolder,
     start: &Start,
+    device: &Device,
 ) -> Result<(QwenImageTransformer, Trainable)> {
     let files = &pipeline.transformer;
     let transformer = TransformerConfig::from_file(&files.config)?;
-    let (precision, device) = (precision(config)?, Device::Cpu);
+    let precision = precision(config, !device.is_cpu())?;
     let saved = match start {
         Start::From(checkpoint) => Some(&checkpoint.weights),
         Start::Fresh | Start::Finished(_) => None,
@@ -151,14 +152,14 @@ pub fn load_network(
                 transformer,
                 &files.open()?,
                 precision,
-                &device,
+                device,
                 BaseWeights::Frozen,
             )?;
             let init = match config.lora.init {
                 LoraInit::Gaussian => Init::Gaussian,
                 LoraInit::Kaiming => Init::KaimingUniform,
             };
-            let mut adapter = LoraAdapter::init(&targets, init, config.seed, &device)?;
+            let mut adapter = LoraAdapter::init(&targets, init, config.seed, &Device::Cpu)?;
             match saved {
                 Some(Weights::Adapter(saved)) => restore(&mut adapter, saved)?,
                 Some(Weights::Full(_)) => return Err(another_kind("an adapter", "all weights")),
@@ -172,7 +173,7 @@ pub fn load_network(
                 transformer,
                 &files.open()?,
                 precision,
-                &device,
+                device,
                 BaseWeights::Trained,
             )?;
             let trainable = Trainable::all_weights(&model);

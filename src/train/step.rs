@@ -5,7 +5,7 @@ use crate::kernels::cpu::{self, view};
 use crate::kernels::{Gradients, backward, no_grad};
 use crate::model::transformer::{Checkpointing, ImageShape, Inputs, QwenImageTransformer};
 use crate::train::structured::{Fired, Structured, StructuredLoss};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// A micro-batch whose noise has been drawn. All tensors are f32 on the CPU.
 pub struct NoisyBatch {
@@ -99,33 +99,50 @@ pub fn forward_backward_with(
     checkpointing: Checkpointing,
     structured: Option<&mut Structured>,
 ) -> Result<(Loss, Gradients)> {
-    let prediction = model.forward(batch.inputs(), checkpointing)?;
-    let (loss, seed) = loss_and_seed(prediction.tensor(), batch, structured)?;
-    Ok((loss, backward(vec![(prediction, seed)])?))
+    forward_backward_observed(model, batch, checkpointing, structured, &mut |_| Ok(()))
 }
 
-/// The whole loss, and its gradient in the dtype of the prediction.
+/// [`forward_backward_with`], calling `reached` after each of `forward`, `loss` and `backward`.
+pub fn forward_backward_observed(
+    model: &QwenImageTransformer,
+    batch: &NoisyBatch,
+    checkpointing: Checkpointing,
+    structured: Option<&mut Structured>,
+    reached: &mut dyn FnMut(&'static str) -> Result<()>,
+) -> Result<(Loss, Gradients)> {
+    let prediction = model.forward(batch.inputs(), checkpointing)?;
+    reached("forward")?;
+    let (loss, seed) = loss_and_seed(prediction.tensor(), batch, structured)?;
+    reached("loss")?;
+    let gradients = backward(vec![(prediction, seed)])?;
+    reached("backward")?;
+    Ok((loss, gradients))
+}
+
+/// The whole loss, and its gradient in the dtype and on the device of the prediction. Both are computed on the CPU: a
+/// prediction is small, and its loss is read there in any case.
 pub(super) fn loss_and_seed(
     prediction: &Tensor,
     batch: &NoisyBatch,
     structured: Option<&mut Structured>,
 ) -> Result<(Loss, Tensor)> {
+    let on_host = prediction.to_device(&Device::Cpu)?;
     let fired = |b: usize| batch.fired.get(b).and_then(Option::as_ref);
     let (mut loss, mut seed) = match &structured {
-        Some(structured) => flow_matching_loss(prediction, batch, |b| structured.reconstruction_factor(fired(b)))?,
-        None => flow_matching_loss(prediction, batch, |_| 1.0)?,
+        Some(structured) => flow_matching_loss(&on_host, batch, |b| structured.reconstruction_factor(fired(b)))?,
+        None => flow_matching_loss(&on_host, batch, |_| 1.0)?,
     };
     if let Some(structured) = structured {
-        let terms = structured.add(prediction, batch, &loss.per_sample, &mut seed)?;
+        let terms = structured.add(&on_host, batch, &loss.per_sample, &mut seed)?;
         loss.mean += terms.added;
         loss.structured = Some(terms);
     }
-    Ok((loss, cpu::from_f32(seed, prediction.shape(), prediction.dtype())?))
+    Ok((loss, cpu::from_f32(seed, prediction.shape(), prediction.dtype())?.to_device(prediction.device())?))
 }
 
-/// The prediction, packed as `noisy`, without gradients.
+/// The prediction, packed as `noisy`, on the CPU, without gradients.
 pub fn predict(model: &QwenImageTransformer, batch: &NoisyBatch) -> Result<Tensor> {
-    Ok(no_grad(|| model.forward(batch.inputs(), Checkpointing::None))?.into_tensor())
+    Ok(no_grad(|| model.forward(batch.inputs(), Checkpointing::None))?.tensor().to_device(&Device::Cpu)?)
 }
 
 /// The loss alone.
@@ -133,8 +150,8 @@ pub fn evaluate(model: &QwenImageTransformer, batch: &NoisyBatch) -> Result<Loss
     Ok(flow_matching_loss(&predict(model, batch)?, batch, |_| 1.0)?.0)
 }
 
-/// Weighted mean squared error against the target, summed in f64, and its gradient with respect to the prediction.
-/// `share` is a further weight of each sample: that of the reconstruction in the structured loss.
+/// Weighted mean squared error of a prediction on the CPU against the target, summed in f64, and its gradient with respect
+/// to the prediction. `share` is a further weight of each sample: that of the reconstruction in the structured loss.
 fn flow_matching_loss(
     prediction: &Tensor,
     batch: &NoisyBatch,
@@ -184,7 +201,6 @@ mod tests {
     use super::*;
     use crate::model::vae::pack;
     use crate::rng::{Purpose, Stream};
-    use candle_core::Device;
 
     const SHAPE: (usize, usize, usize, usize) = (3, 16, 4, 6);
 

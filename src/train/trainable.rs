@@ -3,7 +3,7 @@
 use crate::adapters::{LoraAdapter, LoraModule};
 use crate::error::{Error, Result};
 use crate::kernels::linear::Lora;
-use crate::kernels::{Gradients, Value, cpu};
+use crate::kernels::{Gradients, Value, tensors};
 use crate::model::transformer::QwenImageTransformer;
 use crate::optim::Parameter;
 use candle_core::Tensor;
@@ -25,7 +25,7 @@ pub struct Trainable {
 }
 
 impl Trainable {
-    /// Puts `adapter` on the network's linears and trains its matrices: `<module>.lora_A.weight` and `.lora_B.weight`,
+    /// Puts `adapter` on the network's linears, on the network's device, and trains its matrices: `<module>.lora_A.weight` and `.lora_B.weight`,
     /// modules in name order.
     ///
     /// Errors: a module that the network does not have.
@@ -33,7 +33,8 @@ impl Trainable {
         let mut trainable = Self { names: Vec::new(), leaves: Vec::new(), modules: Vec::new() };
         for (name, module) in &adapter.modules {
             // Own storage: training must not write into the tensors of the caller.
-            let [a, b] = [&module.a, &module.b].map(|t| t.copy().map(Value::leaf));
+            let own = |t: &Tensor| t.to_device(model.device())?.copy().map(Value::leaf);
+            let [a, b] = [own(&module.a), own(&module.b)];
             let lora = Lora { a: a?, b: b?, scale: module.scale };
             trainable.names.extend([format!("{name}.lora_A.weight"), format!("{name}.lora_B.weight")]);
             trainable.leaves.extend([lora.a.clone(), lora.b.clone()]);
@@ -89,7 +90,7 @@ impl Trainable {
         let saved: BTreeMap<&str, &Tensor> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
         for (name, leaf) in self.names.iter().zip(&self.leaves) {
             match saved.get(name.as_str()) {
-                Some(t) if t.dims() == leaf.dims() => cpu::assign(leaf.tensor(), cpu::view(t)?.to_vec())?,
+                Some(t) if t.dims() == leaf.dims() => tensors::assign(leaf.tensor(), t)?,
                 found => {
                     let found = found.map_or("none".into(), |t| format!("shape {:?}", t.dims()));
                     return Err(Error::usage(format!("the checkpoint's `{name}` does not fit the model"))

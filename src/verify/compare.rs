@@ -64,6 +64,23 @@ fn limit(name: &str, is_float: bool, top: f64) -> f64 {
     }
 }
 
+/// Whether a value comes out of the transformer, and so in the type that it was run in.
+fn uses_transformer(name: &str) -> bool {
+    let of_the_batch = name == "lora.step0.packed_noisy" || name.contains(".dbg.rope_");
+    !of_the_batch && ["tf.", "lora.", "pipe."].iter().any(|part| name.starts_with(part))
+}
+
+/// [`limit`] for a transformer held and run in bf16 where f32 was recorded: eight bits of each value, through a few
+/// blocks, and for images through a few steps. What Adam makes of the sign of a gradient near zero is not looked at.
+fn bf16_limit(name: &str, top: f64) -> f64 {
+    match name {
+        n if n.starts_with("lora.after") => f64::INFINITY,
+        n if n.starts_with("lora.losses") || n.starts_with("lora.grad_norms") => 2e-2 * top,
+        n if n.starts_with("pipe.") || n.starts_with("lora.grad.") => 1e-1 * top,
+        _ => 4e-2 * top,
+    }
+}
+
 /// Compares what a stage computed with what was recorded under the stage's names. A recorded name that was not
 /// computed is a failure, and so is a gradient where the original had none.
 pub fn compare(stage: &'static str, case: &Case, recorded: &[&str], computed: &[Computed]) -> Result<Vec<Row>> {
@@ -89,9 +106,10 @@ pub fn compare(stage: &'static str, case: &Case, recorded: &[&str], computed: &[
         let found = flat(tensor)?;
         let top = largest(&expected);
         let max_abs = largest_difference(&found, &expected);
-        let limit = limit(name, golden.dtype().is_float(), top);
+        let in_f32 = case.dtype == DType::F32 || !uses_transformer(name);
+        let limit = if in_f32 { limit(name, golden.dtype().is_float(), top) } else { bf16_limit(name, top) };
         let (mut ok, mut note) = (max_abs <= limit, String::new());
-        if name.starts_with("lora.after") {
+        if name.starts_with("lora.after") && in_f32 {
             let (relative, allowed) = update_error(case, name, &found, &expected)?;
             ok &= relative <= allowed;
             note = format!("update {relative:.1e} of {allowed:.0e}");

@@ -6,6 +6,7 @@ use crate::adapters::runtime::read_lora;
 use crate::adapters::{LoraAdapter, LoraModule};
 use crate::error::{Error, Result};
 use crate::io::JsonObject;
+use crate::kernels::tensors;
 use crate::model::transformer::{Checkpointing, QwenImageTransformer};
 use crate::model::vae::{pack, unpack};
 use crate::optim::{AdamW, AdamWOptions, clip_grad_norm};
@@ -41,7 +42,7 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
     if case.has("lora.out.peft_active") {
         let trained = recorded_adapter(case, "after10")?;
         let inputs = Call::read(case, "tf.b2_mask.")?;
-        let mut model = load(case, DType::F32, |_| {})?;
+        let mut model = load(case, case.dtype, |_| {})?;
         let base = inputs.run(&model, &mut |_, _| {})?;
         Trainable::attach(&mut model, &trained)?;
         let active = inputs.run(&model, &mut |_, _| {})?;
@@ -58,10 +59,11 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
 
 /// The case's transformer with an adapter added to its weights.
 fn merged(case: &Case, adapter: &LoraAdapter) -> Result<QwenImageTransformer> {
-    let model = load(case, DType::F32, |_| {})?;
+    let model = load(case, case.dtype, |_| {})?;
     for (name, value) in model.parameters() {
         if let Some(module) = name.strip_suffix(".weight").and_then(|n| adapter.modules.get(n)) {
-            crate::kernels::cpu::add_assign(value.tensor(), &module.delta()?)?;
+            let (weight, delta) = (value.tensor(), module.delta()?.to_device(&case.device)?);
+            tensors::assign(weight, &(weight.to_dtype(DType::F32)? + delta)?.to_dtype(weight.dtype())?)?;
         }
     }
     Ok(model)
@@ -78,7 +80,7 @@ fn training(case: &Case) -> Result<Vec<Computed>> {
     let options = AdamWOptions { beta1, beta2, eps: adamw.get("eps")?, weight_decay: adamw.get("weight_decay")? };
     let (lr, max_norm): (f64, f64) = (adamw.get("lr")?, adamw.get("clip")?);
 
-    let mut model = load(case, DType::F32, |_| {})?;
+    let mut model = load(case, case.dtype, |_| {})?;
     let trainable = Trainable::attach(&mut model, &recorded_adapter(case, "init")?)?;
     let params = trainable.parameters();
     let mut optimizer = AdamW::new(options);
@@ -131,7 +133,7 @@ fn training(case: &Case) -> Result<Vec<Computed>> {
 /// `adapter.output`: the transformer's output for the `tf.b2_mask` inputs with the adapter of `path`, an exported file
 /// or a checkpoint folder, active at run time.
 pub(super) fn adapter_output(case: &Case, path: &Path) -> Result<Computed> {
-    let mut model = load(case, DType::F32, |_| {})?;
+    let mut model = load(case, case.dtype, |_| {})?;
     let adapter = match path.join("state.json").exists() {
         true => checkpoint::load_adapter(path, &Device::Cpu)?,
         false => {

@@ -5,6 +5,7 @@
 
 mod compare;
 mod image;
+pub mod kernels;
 mod lora;
 mod pipeline;
 mod report;
@@ -36,6 +37,10 @@ pub struct Case {
     pub json: JsonObject,
     /// An adapter file or a checkpoint folder, for the stages that run one.
     pub adapter: Option<PathBuf>,
+    /// Where the transformer runs; the other networks run on the CPU.
+    pub device: Device,
+    /// The type in which the transformer is held and run where f32 was recorded: f32, or bf16 with wider limits.
+    pub dtype: DType,
 }
 
 /// A tensor that a stage computed, under the name that it was recorded with.
@@ -66,7 +71,7 @@ const STAGES: &[Stage] = &[
 ];
 
 impl Case {
-    /// Opens the case in `folder`, to be replayed with the model in `model`.
+    /// Opens the case in `folder`, to be replayed with the model in `model`, on the CPU in f32.
     pub fn open(model: &Path, folder: &Path, adapter: Option<&Path>) -> Result<Self> {
         Ok(Self {
             model: model.into(),
@@ -74,6 +79,8 @@ impl Case {
             golden: MappedFile::open(&folder.join("golden.safetensors"))?,
             json: JsonObject::open(&folder.join("golden.json"))?,
             adapter: adapter.map(Path::to_path_buf),
+            device: Device::Cpu,
+            dtype: DType::F32,
         })
     }
 

@@ -57,7 +57,7 @@ impl Call {
             additional_t_cond: self.additional_t_cond.as_deref(),
         };
         let output = no_grad(|| model.forward_observed(inputs, Checkpointing::None, false, observe))?;
-        Ok(output.tensor().to_dtype(DType::F32)?)
+        Ok(output.tensor().to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
     }
 
     /// With every noise level rounded to bf16, as the original rounds it before the time embedding.
@@ -96,11 +96,11 @@ pub(super) fn load(
     let get = |name: &str, shape: &[usize]| {
         // The recorded layered call brings the one weight that the published text-to-image models lack.
         match name == ADDITION && !weights.contains(ADDITION) {
-            true => Ok(case.tensor("tf.layered.addition_t_embedding")?.to_dtype(dtype)?),
-            false => weights.get(name, shape, dtype, &Device::Cpu),
+            true => Ok(case.tensor("tf.layered.addition_t_embedding")?.to_dtype(dtype)?.to_device(&case.device)?),
+            false => weights.get(name, shape, dtype, &case.device),
         }
     };
-    QwenImageTransformer::build(config, Precision::uniform(dtype), &Device::Cpu, BaseWeights::Frozen, get)
+    QwenImageTransformer::build(config, Precision::uniform(dtype), &case.device, BaseWeights::Frozen, get)
 }
 
 const ADDITION: &str = "time_text_embed.addition_t_embedding.weight";
@@ -114,14 +114,14 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
     let names = case.golden.names();
     let calls: BTreeSet<&str> =
         names.iter().filter_map(|n| n.strip_prefix("tf.")?.strip_suffix(".hidden_states")).collect();
-    let plain = load(case, DType::F32, |_| {})?;
+    let plain = load(case, case.dtype, |_| {})?;
     let mut computed = Vec::new();
     for call in calls {
         let prefix = format!("tf.{call}.");
         let name = |end: &str| format!("{prefix}{end}");
         let inputs = Call::read(case, &prefix)?;
         if inputs.additional_t_cond.is_some() {
-            let layered = load(case, DType::F32, |c| (c.use_additional_t_cond, c.use_layer3d_rope) = (true, true))?;
+            let layered = load(case, case.dtype, |c| (c.use_additional_t_cond, c.use_layer3d_rope) = (true, true))?;
             computed.push(Computed::new(name("output"), inputs.run(&layered, &mut |_, _| {})?));
             continue;
         }
@@ -135,7 +135,7 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
         computed.extend(observed);
         computed.push(Computed::new(name("output"), output));
         if case.has(&name("output_zero_cond_t")) {
-            let model = load(case, DType::F32, |c| c.zero_cond_t = true)?;
+            let model = load(case, case.dtype, |c| c.zero_cond_t = true)?;
             computed.push(Computed::new(name("output_zero_cond_t"), inputs.run(&model, &mut |_, _| {})?));
         }
         let rounded = inputs.with_bf16_timesteps();

@@ -2,8 +2,25 @@
 //!
 //! The list of kernels and what was tested where is in `docs/kernels.md`.
 
+#[cfg(feature = "cuda")]
+pub(super) mod attention;
+#[cfg(feature = "cuda")]
+pub(super) mod blas;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod grid;
+#[cfg(feature = "cuda")]
+mod launch;
 pub mod manifest;
+#[cfg(feature = "cuda")]
+pub mod multi_tensor;
+#[cfg(feature = "cuda")]
+pub(super) mod ops;
+
+#[cfg(feature = "cuda")]
+pub use gpu::Gpu;
+#[cfg(feature = "cuda")]
+pub use launch::launches;
 
 #[cfg(feature = "cuda")]
 #[path = "cubin/files.rs"]

@@ -71,6 +71,23 @@ impl TransformerConfig {
         Ok(config)
     }
 
+    /// The published model's dimensions, 20.4 billion parameters.
+    pub fn qwen_image() -> Self {
+        Self {
+            patch_size: 2,
+            in_channels: 64,
+            out_channels: 16,
+            num_layers: 60,
+            attention_head_dim: 128,
+            num_attention_heads: 24,
+            joint_attention_dim: 3584,
+            axes_dims_rope: [16, 56, 56],
+            zero_cond_t: false,
+            use_additional_t_cond: false,
+            use_layer3d_rope: false,
+        }
+    }
+
     /// Checks that the dimensions fit together; `Err` says how they do not.
     pub fn check(&self) -> std::result::Result<(), String> {
         let sum: usize = self.axes_dims_rope.iter().sum();
@@ -174,19 +191,7 @@ mod tests {
 
     #[test]
     fn the_published_dimensions_give_the_published_tensors() {
-        let config = TransformerConfig {
-            patch_size: 2,
-            in_channels: 64,
-            out_channels: 16,
-            num_layers: 60,
-            attention_head_dim: 128,
-            num_attention_heads: 24,
-            joint_attention_dim: 3584,
-            axes_dims_rope: [16, 56, 56],
-            zero_cond_t: false,
-            use_additional_t_cond: false,
-            use_layer3d_rope: false,
-        };
+        let config = TransformerConfig::qwen_image();
         let tensors = config.tensors();
         assert_eq!(tensors.len(), 1933);
         let params: usize = tensors.iter().map(|(_, s)| s.iter().product::<usize>()).sum();

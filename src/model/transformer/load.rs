@@ -50,7 +50,8 @@ impl QwenImageTransformer {
         weights.check(&config.tensors(), may_ignore)
     }
 
-    /// A network of random weights, for benchmarks: normal with variance 1 / inputs, norm weights one, biases zero.
+    /// A network of random weights, for benchmarks: normal with variance 1 / inputs, norm weights one, biases zero. On the
+    /// CPU they are a function of the seed; on a GPU they are drawn there, tensor by tensor, in another stream.
     pub fn random(
         config: TransformerConfig,
         seed: u64,
@@ -58,7 +59,15 @@ impl QwenImageTransformer {
         device: &Device,
         base: BaseWeights,
     ) -> Result<Self> {
+        let on_gpu = !device.is_cpu();
+        if on_gpu {
+            device.set_seed(seed)?;
+        }
         Self::build(config, precision, device, base, |name, shape| {
+            if let ([_, inputs], true) = (shape, on_gpu) {
+                let std = 1.0 / (*inputs as f32).sqrt();
+                return Ok(Tensor::randn(0f32, std, shape, device)?.to_dtype(precision.weights)?);
+            }
             let n: usize = shape.iter().product();
             let values = match shape {
                 [_, inputs] => Stream::named(seed, name, Purpose::Bench).normals(n, 1.0 / (*inputs as f64).sqrt()),

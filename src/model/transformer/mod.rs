@@ -88,6 +88,11 @@ impl QwenImageTransformer {
         &self.config
     }
 
+    /// The device that holds the weights and computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The types of weights and activations.
     pub fn precision(&self) -> Precision {
         self.precision

@@ -64,5 +64,5 @@ fn table(config: &TransformerConfig, positions: &[[f32; 3]]) -> Rope {
             }
         }
     }
-    Rope { cos: cos.into(), sin: sin.into(), half }
+    Rope::new(cos, sin, half)
 }
