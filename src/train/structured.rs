@@ -388,7 +388,7 @@ mod tests {
         let scales =
             (weight * WEIGHTS.pose * loss.running.pose_scale(), weight * WEIGHTS.count * loss.running.count_scale());
         let direction = randn(4, prediction.dims(), 1.0);
-        let mut moved = |by: f64| {
+        let moved = |by: f64| {
             let mut fresh = structured(folder.path());
             let prediction = (&prediction + (&direction * by).unwrap()).unwrap();
             let (l, _) = loss_and_seed(&prediction, &batch, Some(&mut fresh)).unwrap();
