@@ -239,3 +239,64 @@ fn per_target_ranks_and_the_exported_file_is_the_checkpoints_adapter() {
     assert!(moved > 1e-3, "the adapter does nothing: {moved}");
     assert!(apart < 1e-5 && apart < moved / 100.0, "the file's output differs by {apart} from the checkpoint's");
 }
+
+/// Three photos: two of people, one of a picture without any.
+fn with_people() -> Workplace {
+    let place = Workplace::new();
+    std::fs::remove_dir_all(place.path("images")).unwrap();
+    train_common::copy(&package().join("examples/photos"), &place.path("images"));
+    for name in ["12-night.png", "12-night.txt"] {
+        std::fs::copy(package().join("examples/tiny-drawings").join(name), place.path("images").join(name)).unwrap();
+    }
+    place
+}
+
+#[test]
+fn people_are_found_once_and_choose_and_weigh_the_images() {
+    let short =
+        ["--set", "training.max_steps=6", "--set", "data.held_out=0", "--set", "data.resolution=64", "--threads", "2"];
+    let run = |place: &Workplace, name: &str, sets: &[&str]| {
+        let output = place.train_ok(&[&short[..], &["--set", &format!("output=runs/{name}")], sets].concat());
+        let raw =
+            std::fs::read(place.path(&format!("runs/{name}/checkpoints/step-000006/adapter.safetensors"))).unwrap();
+        (raw, stderr(&output))
+    };
+    let place = with_people();
+    let (plain, _) = run(&place, "plain", &[]);
+    let (filtered, text) = run(&place, "filtered", &["--set", "data.filter.require_person=true"]);
+    assert!(filtered != plain);
+    assert_says(&text, &["note: `data.filter.require_person` leaves out 1 image: 12-night.png"]);
+    let lines = std::fs::read_to_string(place.path("runs/filtered/filtered.jsonl")).unwrap();
+    assert_says(&lines, &["\"path\":\"12-night.png\",\"rule\":\"require_person\"", "no person was found in it"]);
+    assert_eq!(lines.lines().count(), 1);
+
+    // The preset: an even first stage, and weights in the others, where people are.
+    let (staged, text) = run(&place, "staged", &["--set", "stages=progressive"]);
+    assert_says(
+        &text,
+        &["note: persons were found in 2 of 3 images", "stage hands: steps 5 to 6, 3 images, limbs x 2, hands x 6"],
+    );
+    assert!(staged != plain, "the weights change nothing");
+    let at = |name: &str| place.path(&format!("runs/{name}/metrics.jsonl"));
+    let losses = |name: &str| {
+        let text = std::fs::read_to_string(at(name)).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Json>(line).unwrap());
+        lines.filter_map(|line| line["loss"].as_f64()).collect::<Vec<_>>()
+    };
+    let (even, weighed) = (losses("plain"), losses("staged"));
+    assert!(even[..2] == weighed[..2] && even[2..] != weighed[2..], "{even:?} {weighed:?}");
+
+    // A stage of images with people only; and where there is nobody, weights do nothing and say so.
+    let people = "stages=[{name: a, until: 2}, {name: b, filter: {require_person: true}}]";
+    assert_says(&run(&place, "chosen", &["--set", people]).1, &["stage b: steps 3 to 6, 2 images"]);
+    let drawings = Workplace::new();
+    let error = drawings.train(&["--set", "data.filter.require_person=true"]);
+    assert_says(
+        &train_common::the_error(&error, 2),
+        &["`data.filter` leaves out all of the 8 images", "no person was found"],
+    );
+    let (even, _) = run(&drawings, "plain", &[]);
+    let (weighed, text) = run(&drawings, "weighed", &["--set", "regions.hands=5"]);
+    assert!(even == weighed);
+    assert_says(&text, &["no person was found in any of the 8 images: the weights of `regions` do nothing"]);
+}

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compiles every kernel to `src/kernels/cuda/cubin/` and writes the manifest that the program launches them by.
+"""Compiles every kernel to `src/kernels/cuda/cubin/`, writes the manifest that the program launches them by, and the
+table in `docs/kernels.md`.
 
     build.py                 all
     build.py --check         compiles again and compares with what is there, byte for byte
@@ -22,6 +23,7 @@ os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # no source lines in the cubins, a
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parents[1] / "src/kernels/cuda/cubin"
+DOCUMENT = HERE.parents[1] / "docs/kernels.md"
 TRITON_VERSION = "3.6.0"
 PTX_ARCH = 80
 
@@ -154,6 +156,30 @@ def rust_table(files):
     return "\n".join(lines + ["];", ""])
 
 
+def document(entries, files):
+    """`docs/kernels.md` with its table of what the compiler made."""
+    lines = ["| kernel | tiles | warps | registers 8.0 / 8.9 / 9.0 | shared KB 8.0 / 8.9 / 9.0 | KB in all |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for entry in entries:
+        cubins = [target for target in entry["targets"] if target["kind"] == "cubin"]
+        tiles = [
+            " x ".join(str(value) for name, value in target["constants"].items() if name.startswith(("BLOCK", "CHUNK")))
+            for target in cubins
+        ]
+        cells = [
+            f"`{entry['name']}`",
+            tiles[0] if len(set(tiles)) == 1 else " / ".join(tiles),
+            " / ".join(sorted({str(target["num_warps"]) for target in cubins})),
+            " / ".join(str(target["registers"]) for target in cubins),
+            " / ".join(f"{target['shared_bytes'] / 1024:.3g}" for target in cubins),
+            f"{sum(len(files[target['file']]) for target in entry['targets']) / 1000:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    begin, end = "<!-- kernels: written by scripts/kernels/build.py -->\n", "<!-- kernels: end -->"
+    before, rest = DOCUMENT.read_text().split(begin)
+    return before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
+
+
 def build(only):
     import importlib
 
@@ -176,7 +202,7 @@ def build(only):
     manifest = {"format": 1, "triton": TRITON_VERSION, "kernels": entries}
     files["manifest.json"] = (json.dumps(manifest, indent=1) + "\n").encode()
     files["files.rs"] = rust_table([f for f in files if f != "manifest.json"]).encode()
-    return files
+    return files, document(entries, files)
 
 
 def main():
@@ -190,7 +216,7 @@ def main():
     # A fresh cache: what is compiled is what is there now.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        files = build(args.only)
+        files, text = build(args.only)
     total = sum(len(content) for content in files.values())
     print(f"{len(files)} files, {total / 1e6:.2f} MB")
     if args.only:
@@ -198,6 +224,7 @@ def main():
     if args.check:
         there = {p.name: p.read_bytes() for p in OUTPUT.iterdir()}
         wrong = sorted(f for f in files.keys() | there.keys() if files.get(f) != there.get(f))
+        wrong += [DOCUMENT.name] if DOCUMENT.read_text() != text else []
         print("differ: " + ", ".join(wrong) if wrong else "all as checked in")
         return int(bool(wrong))
     OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -205,6 +232,7 @@ def main():
         file.unlink()
     for file, content in files.items():
         (OUTPUT / file).write_bytes(content)
+    DOCUMENT.write_text(text)
     return 0
 
 

@@ -73,6 +73,6 @@ KERNELS = [
         },
         grid=("cdiv(rows, BLOCK_M)", "cdiv(width, BLOCK_N)"),
         variants={"": {"BY_RANK": False}, "_by_rank": {"BY_RANK": True}},
-        tiles=lambda arch, constants: Tile({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": 32}, num_warps=8),
+        tiles=lambda arch, constants: Tile({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_R": 16}, num_warps=8),
     ),
 ]

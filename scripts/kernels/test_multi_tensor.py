@@ -48,7 +48,7 @@ class MultiTensor(unittest.TestCase):
     def test_adamw_has_the_bits_of_the_formula_for_every_tensor(self):
         tensors = Tensors(0)
         # Step counts and betas differ: a parameter without gradient in some step lags behind.
-        betas_and_steps = [(0.9, 1), (0.3, 5), (0.9, 40), (0.9, 7)]
+        betas_and_steps = [(0.3, 5), (0.9, 1), (0.9, 40), (0.9, 7)]
         numbers = [update_numbers(beta1, 0.999, 1e-8, 0.01, 1e-3, step) for beta1, step in betas_and_steps]
         before = [tensors.values(column) for column in range(5)]
         coefficient = F32(0.37)

@@ -7,6 +7,9 @@ use candle_core::DType;
 /// Part of every key: raised when entries of older versions must not be used any more.
 const FORMAT_VERSION: u64 = 1;
 
+/// Raised when the boxes or counts that a pose network's maps lead to change.
+const PEOPLE_VERSION: u32 = 1;
+
 /// Identifies one cache entry by its inputs, so that an entry is right or absent, never stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
@@ -48,6 +51,13 @@ impl Key {
         Self::new("pose_maps", &[latents.hash.as_bytes(), decoder.as_bytes(), network.as_bytes(), &crop])
     }
 
+    /// The people in an image: depends on the image file's bytes, how this program decodes and resizes, how it makes
+    /// boxes and counts, and the pose network (its fingerprint).
+    pub fn people(image_hash: &blake3::Hash, network: &str) -> Self {
+        let versions: Vec<u8> = [PIXELS_VERSION, PEOPLE_VERSION].iter().flat_map(|n| n.to_le_bytes()).collect();
+        Self::new("people", &[image_hash.as_bytes(), &versions, network.as_bytes()])
+    }
+
     fn new(kind: &'static str, parts: &[&[u8]]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&FORMAT_VERSION.to_le_bytes());
@@ -58,7 +68,7 @@ impl Key {
         Self { kind, hash: hasher.finalize() }
     }
 
-    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`, `pose_maps`.
+    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`, `people`, `pose_maps`.
     pub fn kind(&self) -> &'static str {
         self.kind
     }
@@ -96,6 +106,8 @@ mod tests {
             Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "n", 128),
             Key::mask(&hash("1"), bucket(32, 16)),
             Key::mask(&hash("1"), bucket(16, 32)),
+            Key::people(&hash("1"), "p"),
+            Key::people(&hash("1"), "q"),
         ];
         assert_eq!(keys.iter().collect::<HashSet<_>>().len(), keys.len());
         assert_eq!(keys[0], Key::prompt_embeds("a cat", "{}", 512, "f", DType::BF16));

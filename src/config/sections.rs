@@ -194,6 +194,12 @@ section! {
     pub struct Filter {
         /// Pixels that both sides of an image must have; 0 takes any image.
         min_size: usize = 0, Range::between(0.0, 65536.0);
+        /// Hands that the pose network may find in an image at most; null takes any number.
+        max_hands: Option<usize> = None;
+        /// Legs that it may find in an image at most, told by knees and ankles; null takes any number.
+        max_legs: Option<usize> = None;
+        /// Whether it must find a person.
+        require_person: bool = false;
     }
 }
 

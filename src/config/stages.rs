@@ -50,6 +50,10 @@ section! {
         paths: Vec<String> = Vec::new();
         /// Texts, one of which the caption must contain; upper and lower case are the same. An empty list takes all.
         captions: Vec<String> = Vec::new();
+        /// Hands that the pose network must find in an image at least.
+        min_hands: usize = 0, Range::between(0.0, 1000.0);
+        /// Whether it must find a person.
+        require_person: bool = false;
     }
 }
 

@@ -245,7 +245,7 @@ fn unusual() -> Config {
         "lora={rank: 3, alpha: 0.1, rslora: true, init: kaiming, target_modules: ['re:^a\\.\"b', {name: '*', rank: 2}]}",
         "data={path: /d/图片, resolution: [512, 768], default_caption: 'yes', max_sequence_length: 99, \
          caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c, \
-         filter: {min_size: 7}, masks: ~/m}",
+         filter: {min_size: 7, max_hands: 4, max_legs: 3, require_person: true}, masks: ~/m}",
         "loss={weights: {reconstruction: 1, pose: 3, count: 0}, gate: {from: 0.2, to: 0.3, taper: 0}, every: 4, crop: 128, \
          decoder: /t/taew2_1.pth}",
         "pose={network: /n/net.safetensors, body: b/c, hand: h.pth}",
@@ -254,7 +254,7 @@ fn unusual() -> Config {
          weighting: bell}",
         "save={every: 1, keep: 0, dtype: f16}",
         "stages=[{name: a, until: 0.25, learning_rate: 0.5, target_modules: [qkv, 're:x'], sigma: [0.1, 0.9], \
-         resolution: [64, 80], filter: {paths: ['h/*'], captions: [手]}}, {name: b, until: 30}, {name: c}]",
+         resolution: [64, 80], filter: {paths: ['h/*'], captions: [手], min_hands: 1, require_person: true}}, {name: b, until: 30}, {name: c}]",
         "evaluation={every: 0, num_sigmas: 9}",
         "preview={every: 7, prompts: [一只猫, 'yes'], negative_prompt: '', seeds: [3, 4], steps: 5, size: 16:9, guidance: 1.5}",
     ])

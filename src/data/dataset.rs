@@ -159,10 +159,9 @@ impl Dataset {
         Ok(())
     }
 
-    /// Leaves out the items for which `rule` gives a reason, and gives the reasons. The other items move up: indices
-    /// from before mean nothing any more. Errors (usage): nothing is left.
-    pub fn leave_out(&mut self, mut rule: impl FnMut(usize, &Item) -> Option<LeftOut>) -> Result<Vec<LeftOut>> {
-        let reasons: Vec<Option<LeftOut>> = self.items.iter().enumerate().map(|(i, item)| rule(i, item)).collect();
+    /// Leaves out the items that have a reason, and gives the reasons; there is one entry for each item. The other items
+    /// move up: indices from before mean nothing any more. Errors (usage): nothing is left.
+    pub fn leave_out(&mut self, reasons: Vec<Option<LeftOut>>) -> Result<Vec<LeftOut>> {
         let mut kept = reasons.iter().map(Option::is_none);
         self.items.retain(|_| kept.next().expect("one reason for each item"));
         let left_out: Vec<LeftOut> = reasons.into_iter().flatten().collect();

@@ -16,7 +16,7 @@ pub mod select;
 pub use batch::{Batch, Example, collate};
 pub use bucket::{Bucket, Buckets};
 pub use dataset::{Dataset, Item, Mask};
-pub use filter::LeftOut;
+pub use filter::{Counts, LeftOut};
 pub use image::Size;
 pub use loader::Loader;
 pub use place::Sample;

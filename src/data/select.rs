@@ -2,6 +2,7 @@
 
 use crate::config::StageFilter;
 use crate::data::dataset::Item;
+use crate::data::filter::Counts;
 use crate::error::{Error, Result};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 
@@ -11,6 +12,8 @@ pub struct Selection {
     paths: Option<GlobSet>,
     /// In lower case; empty: any caption.
     captions: Vec<String>,
+    min_hands: usize,
+    min_persons: usize,
 }
 
 impl Selection {
@@ -31,11 +34,21 @@ impl Selection {
         Ok(Self {
             paths: (!filter.paths.is_empty()).then_some(globs),
             captions: filter.captions.iter().map(|text| text.to_lowercase()).collect(),
+            min_hands: filter.min_hands,
+            min_persons: usize::from(filter.require_person),
         })
     }
 
-    /// Whether `item` is shown.
-    pub fn takes(&self, item: &Item) -> bool {
+    /// Whether the pose network must look at the images.
+    pub fn asks_for_people(filter: &StageFilter) -> bool {
+        filter.min_hands > 0 || filter.require_person
+    }
+
+    /// Whether `item` is shown, in which so much was counted.
+    pub fn takes(&self, item: &Item, counts: Counts) -> bool {
+        if counts.hands < self.min_hands || counts.persons < self.min_persons {
+            return false;
+        }
         let caption = item.caption.to_lowercase();
         self.paths.as_ref().is_none_or(|globs| globs.is_match(&item.path))
             && (self.captions.is_empty() || self.captions.iter().any(|text| caption.contains(text)))
@@ -59,14 +72,19 @@ mod tests {
         };
         let strings = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
         let takes = |paths: &[&str], captions: &[&str], item: &Item| {
-            let filter = StageFilter { paths: strings(paths), captions: strings(captions) };
-            Selection::new(&filter).unwrap().takes(item)
+            let filter = StageFilter { paths: strings(paths), captions: strings(captions), ..StageFilter::default() };
+            Selection::new(&filter).unwrap().takes(item, Counts::default())
         };
         let hand = item("hands/a.png", "An open Hand, 手");
         assert!(takes(&[], &[], &hand));
         assert!(takes(&["feet/*", "hands/*"], &["hand"], &hand) && takes(&[], &["foot", "手"], &hand));
         assert!(!takes(&["hands/*"], &["foot"], &hand) && !takes(&["feet/*"], &["hand"], &hand));
-        let bad = StageFilter { paths: strings(&["a["]), captions: Vec::new() };
+        let hands = StageFilter { min_hands: 2, require_person: true, ..StageFilter::default() };
+        let takes = |persons, hands_found| {
+            Selection::new(&hands).unwrap().takes(&hand, Counts { persons, hands: hands_found, legs: 0 })
+        };
+        assert!(takes(1, 2) && !takes(1, 1) && !takes(0, 2));
+        let bad = StageFilter { paths: strings(&["a["]), ..StageFilter::default() };
         assert!(Selection::new(&bad).err().unwrap().to_string().contains("`a[`"));
     }
 }

@@ -7,6 +7,7 @@ pub mod held_out;
 pub mod interrupt;
 pub mod metrics;
 pub mod outcome;
+pub mod people;
 pub mod prepare;
 pub mod preview;
 pub mod progress;

@@ -71,7 +71,7 @@ impl Run {
         setup::precision(config, !compute.device.is_cpu())?;
         let dir = RunDir::new(&config.output);
         let start = Start::decide(&dir, config, options.resume)?;
-        let data = RunData::open(config, options.quiet)?;
+        let data = RunData::open(config, options)?;
         let pipeline = ModelSource::resolve(&setup::model_spec(config))?;
         let (dataset_hash, base_fingerprint) = (data.dataset.hash(), setup::base_fingerprint(&pipeline)?);
         start.check_inputs(&dir, &dataset_hash, &base_fingerprint)?;

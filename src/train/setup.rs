@@ -4,14 +4,21 @@ use crate::adapters::file::Provenance;
 use crate::adapters::{Init, LoraAdapter, LoraScaling, Target, TargetEntry, resolve_targets};
 use crate::cache::fingerprint;
 use crate::config::{Config, LoraInit, Resolutions, TrainingMode};
-use crate::data::{Buckets, Dataset, LeftOut, Plan, PlanSettings, Sample, Selection, Size, filter, place};
+use crate::data::{
+    Buckets, Counts, Dataset, Item, LeftOut, Plan, PlanSettings, Sample, Selection, Size, filter, place,
+};
 use crate::error::{Error, Result};
+use crate::io::hub::HubOptions;
 use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::VaeConfig;
+use crate::pose::{PoseNetwork, PoseSpec};
+use crate::progress::tell;
 use crate::train::checkpoint::Weights;
+use crate::train::people::{self, People};
 use crate::train::regions::{self, Boxes};
+use crate::train::run::Options;
 use crate::train::stages::{self, Timeline};
 use crate::train::start::Start;
 use crate::train::trainable::Trainable;
@@ -37,12 +44,22 @@ pub struct RunData {
 }
 
 impl RunData {
-    /// Indexes the images and lays out the batches of all stages.
-    pub fn open(config: &Config, quiet: bool) -> Result<Self> {
+    /// Indexes the images, looks for people in them if the config asks for it, and lays out the batches of all stages.
+    pub fn open(config: &Config, options: Options) -> Result<Self> {
         let data = &config.data;
-        let mut dataset = Dataset::open(&data.path, data.default_caption.as_deref(), quiet)?;
+        let mut dataset = Dataset::open(&data.path, data.default_caption.as_deref(), options.quiet)?;
         dataset.use_masks(&data.masks)?;
-        let left_out = dataset.leave_out(|_, item| filter::left_out(&data.filter, item))?;
+        let mut left_out =
+            dataset.leave_out(dataset.items().iter().map(|item| filter::by_size(&data.filter, item)).collect())?;
+        let mut people = People::of(config, &dataset, options)?;
+        if filter::asks_for_people(&data.filter) {
+            let reason = |(item, people): (&Item, &People)| filter::by_people(&data.filter, item, people.counts);
+            let reasons: Vec<Option<LeftOut>> = dataset.items().iter().zip(&people).map(reason).collect();
+            let mut kept = reasons.iter().map(Option::is_none);
+            people.retain(|_| kept.next().expect("one reason for each image"));
+            left_out.extend(dataset.leave_out(reasons)?);
+            left_out.sort_by(|a, b| a.path.cmp(&b.path));
+        }
         let items = dataset.items();
         let sizes: Vec<_> = items.iter().map(|i| i.size).collect();
         let placed = |resolution: &Resolutions| -> Result<Vec<Sample>> {
@@ -60,7 +77,8 @@ impl RunData {
         let plans = stages::plans(config, &plan, &base, |stage| {
             let selection = Selection::new(&stage.filter)?;
             let mut samples = placed(stage.resolution.as_ref().unwrap_or(&data.resolution))?;
-            samples.retain(|sample| selection.takes(&items[sample.item]));
+            let counts = |item: usize| people.get(item).map_or(Counts::default(), |people| people.counts);
+            samples.retain(|sample| selection.takes(&items[sample.item], counts(sample.item)));
             Ok(samples)
         })?;
         let mut samples: Vec<Sample> =
@@ -69,14 +87,22 @@ impl RunData {
         samples.dedup();
         let mut notices = dataset.notices().to_vec();
         notices.extend(place::notices(&sizes, &samples, |i| &items[i].path));
-        if regions::wants_boxes(config)? {
-            return Err(Error::usage(
-                "weights of hands, limbs and persons need a pose network, which this version lacks",
-            )
-            .hint("leave `regions` and the `regions` of stages at 1; masks work without it"));
-        }
-        Ok(Self { dataset: Arc::new(dataset), left_out, samples, plan, plans, boxes: Vec::new(), notices })
+        notices.extend(people::notice(&people, regions::wants_boxes(config)?));
+        let boxes = people::boxes(&dataset, people);
+        Ok(Self { dataset: Arc::new(dataset), left_out, samples, plan, plans, boxes, notices })
     }
+}
+
+/// The pose network of the config's `pose:`. The licence of weights that have a strict one is told once.
+///
+/// Errors (usage): no such network; weights of another network.
+pub fn pose_network(config: &Config) -> Result<Box<dyn PoseNetwork>> {
+    static TOLD: std::sync::Once = std::sync::Once::new();
+    let mut hub = HubOptions::from_env();
+    hub.offline |= config.model.offline;
+    let pose = &config.pose;
+    let spec = PoseSpec { network: pose.network.clone(), body: pose.body.clone(), hand: pose.hand.clone() };
+    spec.load(hub, &mut |notice| TOLD.call_once(|| tell(format_args!("note: {notice}"))))
 }
 
 /// The config's `model:` as the loader wants it.

@@ -16,6 +16,8 @@ pub mod manifest;
 pub mod multi_tensor;
 #[cfg(feature = "cuda")]
 pub(super) mod ops;
+#[cfg(test)]
+mod twins;
 
 #[cfg(feature = "cuda")]
 pub use gpu::Gpu;
