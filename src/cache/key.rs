@@ -51,6 +51,13 @@ impl Key {
         Self::new("people", &[image_hash.as_bytes(), &versions, network.as_bytes()])
     }
 
+    /// The maps of what a pose network sees in a sample: depends on the sample's latents, the decoder and the network (their
+    /// fingerprints), and the size of the pieces.
+    pub fn pose_maps(latents: &Key, decoder: &str, network: &str, crop: usize) -> Self {
+        let crop = (crop as u64).to_le_bytes();
+        Self::new("pose_maps", &[latents.hash.as_bytes(), decoder.as_bytes(), network.as_bytes(), &crop])
+    }
+
     fn new(kind: &'static str, parts: &[&[u8]]) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&FORMAT_VERSION.to_le_bytes());
@@ -61,7 +68,7 @@ impl Key {
         Self { kind, hash: hasher.finalize() }
     }
 
-    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`, `people`.
+    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`, `people`, `pose_maps`.
     pub fn kind(&self) -> &'static str {
         self.kind
     }
@@ -92,6 +99,11 @@ mod tests {
             Key::latents(&hash("1"), bucket(16, 32), "v"),
             Key::latents(&hash("2"), bucket(32, 16), "v"),
             Key::latents(&hash("1"), bucket(32, 16), "w"),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("2"), bucket(32, 16), "v"), "v", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "w", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "m", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "n", 128),
             Key::mask(&hash("1"), bucket(32, 16)),
             Key::mask(&hash("1"), bucket(16, 32)),
             Key::people(&hash("1"), "p"),

@@ -12,8 +12,6 @@ use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::VaeConfig;
-use crate::pose::PoseNetwork;
-use crate::pose::posenet::PoseNet;
 use crate::train::checkpoint::Weights;
 use crate::train::people::{self, People};
 use crate::train::regions::{self, Boxes};
@@ -90,11 +88,6 @@ impl RunData {
         let boxes = people::boxes(&dataset, people);
         Ok(Self { dataset: Arc::new(dataset), left_out, samples, plan, plans, boxes, notices })
     }
-}
-
-/// The network that finds people in the images.
-pub fn pose_network(_: &Config) -> Result<Box<dyn PoseNetwork>> {
-    Ok(Box::new(PoseNet::embedded()?))
 }
 
 /// The config's `model:` as the loader wants it.
