@@ -135,7 +135,9 @@ impl Course {
             }
             let terms = structured_setup::stage_weights(config, stage);
             if terms != structured_setup::term_weights(config) {
-                let TermWeights { reconstruction, pose, count } = terms;
+                // Products of two decimals are no round numbers.
+                let [reconstruction, pose, count] =
+                    [terms.reconstruction, terms.pose, terms.count].map(|share| (share * 1e4).round() / 1e4);
                 facts.push(format!("loss {reconstruction} reconstruction + {pose} pose + {count} count"));
             }
             let (name, learning_rate) = (Some(stage.name.clone()), stage.learning_rate);
