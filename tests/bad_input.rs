@@ -114,7 +114,7 @@ fn modes_that_do_not_go_together() {
     let place = Workplace::new();
     let full = ["--set", "training.mode=full", "--set", "model.dtype=bf16"];
     assert_refused(&place, &full, &["`training.mode: full` trains weights in f32", "found bf16", "hint: "]);
-    assert_refused(&place, &["--set", "device=cuda:0"], &["cannot train on `device: cuda:0`", "hint: "]);
+    assert_refused(&place, &["--set", "device=cuda:0"], &["this build cannot compute on `device: cuda:0`", "hint: "]);
 }
 
 #[test]

@@ -44,18 +44,18 @@ impl Key {
         Self::new("mask", &[mask_hash.as_bytes(), &shape])
     }
 
-    /// The people in an image: depends on the image file's bytes, how this program decodes and resizes, how it makes
-    /// boxes and counts, and the pose network (its fingerprint).
-    pub fn people(image_hash: &blake3::Hash, network: &str) -> Self {
-        let versions: Vec<u8> = [PIXELS_VERSION, PEOPLE_VERSION].iter().flat_map(|n| n.to_le_bytes()).collect();
-        Self::new("people", &[image_hash.as_bytes(), &versions, network.as_bytes()])
-    }
-
     /// The maps of what a pose network sees in a sample: depends on the sample's latents, the decoder and the network (their
     /// fingerprints), and the size of the pieces.
     pub fn pose_maps(latents: &Key, decoder: &str, network: &str, crop: usize) -> Self {
         let crop = (crop as u64).to_le_bytes();
         Self::new("pose_maps", &[latents.hash.as_bytes(), decoder.as_bytes(), network.as_bytes(), &crop])
+    }
+
+    /// The people in an image: depends on the image file's bytes, how this program decodes and resizes, how it makes
+    /// boxes and counts, and the pose network (its fingerprint).
+    pub fn people(image_hash: &blake3::Hash, network: &str) -> Self {
+        let versions: Vec<u8> = [PIXELS_VERSION, PEOPLE_VERSION].iter().flat_map(|n| n.to_le_bytes()).collect();
+        Self::new("people", &[image_hash.as_bytes(), &versions, network.as_bytes()])
     }
 
     fn new(kind: &'static str, parts: &[&[u8]]) -> Self {

@@ -170,12 +170,14 @@ impl Config {
     }
 
     /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device` and `preview`,
-    /// which reach no weight (nor do `loss` and `pose` where `data.pose_loss_weight` is 0), and without paths of this machine (a model or data folder is reduced to its name, the cache folder left out).
+    /// which reach no weight (nor does `loss` where `data.pose_loss_weight` is 0, nor then a `pose` that was left alone), and without paths of this machine (a model or data folder is reduced to its name, the cache folder left out).
     pub fn embedded_json(&self) -> String {
         let mut root = self.embedded();
         if self.data.pose_loss_weight == 0.0 {
             root.remove("loss");
-            root.remove("pose");
+            if self.pose == Pose::default() {
+                root.remove("pose");
+            }
         }
         serde_json::to_value(root).expect("a tree of plain values is JSON").to_string()
     }

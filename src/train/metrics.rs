@@ -146,7 +146,7 @@ impl StepTotals {
             sigma_mean: self.sigma / self.items.len() as f64,
             samples: self.items.len(),
             captions_dropped: self.captions_dropped,
-            structured: self.structured.as_ref().map(|(s, counted)| StructuredMetrics::new(s, *counted, self.weight)),
+            structured: self.structured.as_ref().map(|(s, counted)| StructuredMetrics::new(s, counted, self.weight)),
             step_s: took.as_secs_f64(),
         }
     }

@@ -4,12 +4,10 @@ use crate::cache::{Entry, FillOptions, Key, Store, fill};
 use crate::config::Config;
 use crate::data::{Counts, Dataset, Selection, Size, filter};
 use crate::error::{Error, Result};
-use crate::io::hub::HubOptions;
 use crate::pose::{Detection, PixelBox, Skeleton, detect_image};
-use crate::progress::tell;
 use crate::train::regions::{self, Boxes, Edges};
 use crate::train::run::Options;
-use crate::train::{interrupt, structured_setup};
+use crate::train::{interrupt, setup};
 use candle_core::{DType, Device, Tensor};
 
 /// What was found in one image.
@@ -95,13 +93,7 @@ impl People {
         if !(chosen_by_people || (regions::wants_boxes(config)? && !options.dry_run)) {
             return Ok(Vec::new());
         }
-        let mut hub = HubOptions::from_env();
-        hub.offline |= config.model.offline;
-        let network = structured_setup::pose_spec(config).load(hub, &mut |notice| {
-            if !options.quiet {
-                tell(format_args!("note: {notice}"));
-            }
-        })?;
+        let network = setup::pose_network(config)?;
         let look = |item: usize| -> Result<Self> {
             if interrupt::requested() {
                 return Err(Error::interrupted("stopped while looking for people in the images")

@@ -390,7 +390,18 @@ mod tests {
         let weight = batch.weights[0] * gate / 2.0;
         let scales =
             (weight * WEIGHTS.pose * loss.running.pose_scale(), weight * WEIGHTS.count * loss.running.count_scale());
-        let direction = randn(4, prediction.dims(), 1.0);
+        // Along the part of the gradient that is pose and count: what the bare reconstruction leaves of it.
+        let mut unguided = structured(folder.path());
+        unguided.set_weights(TermWeights { pose: 0.0, count: 1e-12, ..WEIGHTS });
+        let (_, bare) = loss_and_seed(&prediction, &batch, Some(&mut unguided)).unwrap();
+        let part = (&seed - &bare).unwrap();
+        let dot = |a: &Tensor, b: &Tensor| {
+            let product = (a * b).unwrap().to_dtype(DType::F64).unwrap();
+            product.sum_all().unwrap().to_scalar::<f64>().unwrap()
+        };
+        let norm = dot(&part, &part).sqrt();
+        assert!(norm > 0.0 && (norm - terms.structured_gradient.sqrt()).abs() < 1e-3 * norm, "{norm}");
+        let direction = (&part / norm).unwrap();
         let moved = |by: f64| {
             let mut fresh = structured(folder.path());
             let prediction = (&prediction + (&direction * by).unwrap()).unwrap();
@@ -398,21 +409,11 @@ mod tests {
             let t = l.structured.unwrap();
             l.mean - t.added + scales.0 * t.pose + scales.1 * t.count
         };
-        let step = 2e-3;
+        let step = 2e-2;
         let numeric = (moved(step) - moved(-step)) / (2.0 * step);
-        let dot = |a: &Tensor, b: &Tensor| {
-            let product = (a * b).unwrap().to_dtype(DType::F64).unwrap();
-            product.sum_all().unwrap().to_scalar::<f64>().unwrap()
-        };
         let analytic = dot(&seed, &direction);
-        assert!((numeric - analytic).abs() < 0.02 * analytic.abs(), "{numeric} {analytic}");
-        // The structured part alone is no small correction of it.
-        let mut unguided = structured(folder.path());
-        unguided.set_weights(TermWeights { pose: 0.0, count: 1e-12, ..WEIGHTS });
-        let (_, bare) = loss_and_seed(&prediction, &batch, Some(&mut unguided)).unwrap();
-        let part = dot(&(&seed - &bare).unwrap(), &(&seed - &bare).unwrap()).sqrt();
-        assert!((part - terms.structured_gradient.sqrt()).abs() < 1e-3 * part, "{part}");
-        assert!(part > 0.0);
+        // In f32, across the kinks of an absolute value, of a clamp and of a ReLU.
+        assert!((numeric - analytic).abs() < 0.04 * norm, "{numeric} {analytic} {norm}");
     }
 
     #[test]

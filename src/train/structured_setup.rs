@@ -6,13 +6,12 @@ use crate::config::{Config, LossWeights, Stage};
 use crate::data::{Batch, Dataset, PlannedBatch, Sample};
 use crate::error::{Error, Result};
 use crate::flow::gate::Gate;
-use crate::io::hub::HubOptions;
 use crate::model::source::PipelineFolder;
 use crate::model::vae::{CropDecoder, TinyDecoder, Vae, VaeConfig};
+use crate::pose::PoseNetwork;
 use crate::pose::weights::NetworkWeights;
-use crate::pose::{PoseNetwork, PoseSpec};
-use crate::train::interrupt;
 use crate::train::structured::{Fired, Structured, TermWeights};
+use crate::train::{interrupt, setup};
 use std::path::PathBuf;
 
 /// The shares that the config asks for: those of `loss.weights`, pose and count times `data.pose_loss_weight`.
@@ -35,12 +34,6 @@ fn all_weights(config: &Config) -> Result<Vec<TermWeights>> {
 fn shares(config: &Config, weights: &LossWeights) -> TermWeights {
     let factor = config.data.pose_loss_weight;
     TermWeights { reconstruction: weights.reconstruction, pose: factor * weights.pose, count: factor * weights.count }
-}
-
-/// Which network, of the config.
-pub fn pose_spec(config: &Config) -> PoseSpec {
-    let pose = &config.pose;
-    PoseSpec { network: pose.network.clone(), body: pose.body.clone(), hand: pose.hand.clone() }
 }
 
 /// What draws the targets of each batch.
@@ -88,7 +81,6 @@ pub struct Networks {
     /// A tiny decoder and its fingerprint; none for the autoencoder's own, which is loaded when latents are cached.
     tiny: Option<(TinyDecoder, String)>,
     weights: TermWeights,
-    notes: Vec<String>,
 }
 
 /// Loads them, if the config asks for the loss.
@@ -105,16 +97,13 @@ pub fn load(config: &Config, pipeline: &PipelineFolder) -> Result<Option<Network
             .expected("3 image channels", channels)
             .hint("train without it: `--set data.pose_loss_weight=0`"));
     }
-    let mut hub = HubOptions::from_env();
-    hub.offline |= config.model.offline;
-    let mut notes = Vec::new();
-    let pose = pose_spec(config).load(hub, &mut |notice| notes.push(notice.to_string()))?;
+    let pose = setup::pose_network(config)?;
     let tiny = |path: &PathBuf| -> Result<(TinyDecoder, String)> {
         let weights = NetworkWeights::open("the tiny decoder", path)?;
         Ok((TinyDecoder::new(weights.tensors(), &path.display().to_string())?, weights.fingerprint()?))
     };
     let tiny = config.loss.decoder.as_ref().map(tiny).transpose()?;
-    Ok(Some(Networks { pose, tiny, weights, notes }))
+    Ok(Some(Networks { pose, tiny, weights }))
 }
 
 /// Looks at all samples.
@@ -126,7 +115,8 @@ pub fn look(
     cached: &CachedSamples,
     quiet: bool,
 ) -> Result<Prepared> {
-    let Networks { pose, tiny, weights, mut notes } = networks;
+    let Networks { pose, tiny, weights } = networks;
+    let mut notes = Vec::new();
     let vae_config = VaeConfig::from_file(&pipeline.vae.config)?;
     let compression = vae_config.spatial_compression();
     let (decoder, decoder_print) = match tiny {
