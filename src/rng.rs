@@ -37,6 +37,8 @@ pub enum Purpose {
     Prompts = 13,
     /// The piece of a picture that the pose term looks at.
     Crop = 14,
+    /// Scenes, words and places of the drawn world.
+    World = 20,
 }
 
 /// A stream of random numbers for one (seed, step, item, purpose).

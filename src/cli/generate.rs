@@ -216,7 +216,7 @@ fn read_prompts(path: &Path) -> Result<Vec<String>> {
 }
 
 /// `FILE` or `FILE:WEIGHT`. Errors: no such file, with the nearest name beside it.
-fn parse_lora(text: &str) -> Result<LoraUse> {
+pub fn parse_lora(text: &str) -> Result<LoraUse> {
     let (file, weight) = match text.rsplit_once(':').map(|(file, weight)| (file, weight.parse::<f64>())) {
         Some((file, Ok(weight))) if !Path::new(text).exists() => (file, weight),
         _ => (text, 1.0),
