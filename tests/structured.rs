@@ -124,3 +124,47 @@ fn where_it_does_not_act_the_run_is_the_plain_one() {
         assert!(adapter(&plain) == adapter(&place), "{what}: the adapter differs");
     }
 }
+
+/// The file as it is handed out, but for the model, the network and the sizes.
+#[test]
+fn the_anime_recipe_runs_whole_and_a_stage_can_leave_the_terms_out() {
+    let run = |sets: &[&str]| {
+        let place = workplace(1.0);
+        std::fs::copy(train_common::package().join("configs/anime.yaml"), place.path("anime.yaml")).unwrap();
+        let small = [
+            "model=synthetic:tiny",
+            "output=runs/recipe",
+            "data.path=images",
+            "data.resolution=64",
+            "training.batch_size=2",
+            "training.max_steps=10",
+            "training.warmup_steps=2",
+            "training.learning_rate=1e-3",
+            "evaluation.every=0",
+            "pose=net.safetensors",
+            "loss.crop=48",
+        ];
+        let sets = small.iter().chain(sets).flat_map(|set| ["--set", set]);
+        let args: Vec<&str> = ["train", "--config", "anime.yaml"].into_iter().chain(sets).collect();
+        let output = place.command(&args).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        (steps(&place), stderr(&output))
+    };
+    let fired = |line: &Json| line["structured"]["fired"].as_u64().unwrap();
+    let losses = |lines: &[Json]| lines.iter().map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>();
+
+    let (lines, said) = run(&[]);
+    let stages: Vec<&str> = lines.iter().map(|line| line["stage"].as_str().unwrap()).collect();
+    assert_eq!(stages, [vec!["global"; 4], vec!["limbs"; 3], vec!["hands"; 3]].concat());
+    assert!(lines.iter().map(fired).sum::<u64>() > 0);
+    assert_says(&said, &["stage limbs: steps 5 to 7, ", "hands x 6", "persons were found in "]);
+
+    let low = ["flow.sigma_min=0.1", "flow.sigma_max=0.5"];
+    let without = "stages=[{name: a, until: 6, loss: {pose: 0, count: 0}}, {name: b, loss: {count: 0}}]";
+    let (lines, said) = run(&[&low[..], &[without]].concat());
+    assert!(lines[..6].iter().all(|l| fired(l) == 0) && lines[6..].iter().any(|l| fired(l) > 0), "{lines:?}");
+    assert_says(&said, &["stage a: steps 1 to 6, 8 images, loss 0.7 reconstruction + 0 pose + 0 count"]);
+    let (plain, _) = run(&[&low[..], &["stages=[]", "data.pose_loss_weight=0"]].concat());
+    assert_eq!(losses(&lines)[..6], losses(&plain)[..6], "a stage without the terms is trained as without them");
+    assert_ne!(losses(&lines)[6..], losses(&plain)[6..]);
+}

@@ -16,7 +16,7 @@ pub use sections::{
     Targets, Training,
 };
 pub use size::ImageSize;
-pub use stages::{Multipliers, SigmaRange, Stage, StageFilter, Stages, Until};
+pub use stages::{Multipliers, SigmaRange, Stage, StageFilter, StageLoss, Stages, Until};
 pub use types::{
     Betas, Checkpointing, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, Optimizer,
     Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
@@ -126,6 +126,13 @@ impl Config {
                 .detail(format!("`flow.sigma_max` is {}", self.flow.sigma_max)));
         }
         self.stages.spans(training.max_steps)?;
+        for (_, stage) in self.stages.spans(training.max_steps)? {
+            let LossWeights { reconstruction, pose, count } = stage.loss.or(&self.loss.weights);
+            if reconstruction + pose + count == 0.0 {
+                return Err(Error::usage(format!("the weights of the loss are all 0 in the stage `{}`", stage.name))
+                    .expected("one of its `loss` above 0", "reconstruction 0, pose 0, count 0"));
+            }
+        }
         let (weights, gate) = (&self.loss.weights, &self.loss.gate);
         if weights.reconstruction + weights.pose + weights.count == 0.0 {
             return Err(Error::usage("the weights of the loss are all 0")

@@ -204,6 +204,11 @@ fn stages_cover_the_run_without_gap_or_overlap() {
         ("[{name: a, untl: 3}]", "unknown key `stages.0.untl`"),
         ("[{name: a, until: 0}]", "wrong value for `stages.0.until`"),
         ("[{name: a, until: 1.5}]", "wrong value for `stages.0.until`"),
+        (
+            "[{name: a, loss: {reconstruction: 0, pose: 0, count: 0}}]",
+            "the weights of the loss are all 0 in the stage `a`",
+        ),
+        ("[{name: a, loss: {pose: -1}}]", "wrong value for `stages.0.loss.pose`"),
         ("[{name: a, sigma: [0.5, 0.5]}]", "wrong value for `stages.0.sigma`"),
         ("three", "wrong value for `stages`"),
     ] {
@@ -254,7 +259,7 @@ fn unusual() -> Config {
          weighting: bell}",
         "save={every: 1, keep: 0, dtype: f16}",
         "stages=[{name: a, until: 0.25, learning_rate: 0.5, target_modules: [qkv, 're:x'], sigma: [0.1, 0.9], \
-         resolution: [64, 80], filter: {paths: ['h/*'], captions: [手], min_hands: 1, require_person: true}}, {name: b, until: 30}, {name: c}]",
+         resolution: [64, 80], loss: {reconstruction: 1, pose: 0, count: 0.5}, filter: {paths: ['h/*'], captions: [手], min_hands: 1, require_person: true}}, {name: b, until: 30}, {name: c}]",
         "evaluation={every: 0, num_sigmas: 9}",
         "preview={every: 7, prompts: [一只猫, 'yes'], negative_prompt: '', seeds: [3, 4], steps: 5, size: 16:9, guidance: 1.5}",
     ])

@@ -39,6 +39,9 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         let started = Instant::now();
         let stage = course.at(step);
         record.stage(stage, step);
+        if let Some(structured) = &mut structured {
+            structured.set_weights(stage.terms);
+        }
         let mut totals = StepTotals::default();
         for _ in 0..config.training.gradient_accumulation {
             let batch = loader.next().expect("the loader has a batch for every step")?;

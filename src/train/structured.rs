@@ -230,6 +230,9 @@ impl Structured {
             reconstruction_gradient: norm(seed),
             ..StructuredLoss::default()
         };
+        if !self.weights.are_structured() {
+            return Ok(loss);
+        }
         let (noisy, predicted) = (view(&batch.noisy)?, view(prediction)?);
         for (b, fired) in batch.fired.iter().enumerate() {
             let Some(Fired { gate, crop }) = fired else { continue };

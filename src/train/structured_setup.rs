@@ -2,7 +2,7 @@
 
 use crate::cache::pose::{PoseRequest, PoseTargets, fill_pose_targets};
 use crate::cache::{CachedSamples, Filled, Store, fingerprint};
-use crate::config::Config;
+use crate::config::{Config, LossWeights, Stage};
 use crate::data::{Batch, Dataset, PlannedBatch, Sample};
 use crate::error::{Error, Result};
 use crate::flow::gate::Gate;
@@ -16,7 +16,23 @@ use std::path::PathBuf;
 
 /// The shares that the config asks for: those of `loss.weights`, pose and count times `data.pose_loss_weight`.
 pub fn term_weights(config: &Config) -> TermWeights {
-    let (weights, factor) = (&config.loss.weights, config.data.pose_loss_weight);
+    shares(config, &config.loss.weights)
+}
+
+/// The shares of a stage of the run.
+pub fn stage_weights(config: &Config, stage: &Stage) -> TermWeights {
+    shares(config, &stage.loss.or(&config.loss.weights))
+}
+
+/// The shares of each stage, or of the run if it has none.
+fn all_weights(config: &Config) -> Result<Vec<TermWeights>> {
+    let spans = config.stages.spans(config.training.max_steps)?;
+    let stages = spans.iter().map(|(_, stage)| stage_weights(config, stage));
+    Ok(if spans.is_empty() { vec![term_weights(config)] } else { stages.collect() })
+}
+
+fn shares(config: &Config, weights: &LossWeights) -> TermWeights {
+    let factor = config.data.pose_loss_weight;
     TermWeights { reconstruction: weights.reconstruction, pose: factor * weights.pose, count: factor * weights.count }
 }
 
@@ -72,7 +88,7 @@ pub struct Networks {
 /// Errors (usage): a pose network that is not there or is another one; a tiny decoder that is none.
 pub fn load(config: &Config, pipeline: &PipelineFolder) -> Result<Option<Networks>> {
     let weights = term_weights(config);
-    if !weights.are_structured() {
+    if !all_weights(config)?.iter().any(TermWeights::are_structured) {
         return Ok(None);
     }
     let channels = VaeConfig::from_file(&pipeline.vae.config)?.input_channels;
