@@ -50,7 +50,7 @@ fn open_gpu(ordinal: usize) -> Result<Compute> {
     })?;
     let gpu = crate::kernels::cuda::Gpu::of(&device)?;
     gpu.keep_freed_memory()?;
-    let mut notes = vec![gpu.describe()?];
+    let mut notes = vec![format!("{}; it runs the transformer, the CPU text encoder and VAE", gpu.describe()?)];
     notes.extend(gpu.kernels_note());
     Ok(Compute { device, notes })
 }

@@ -147,7 +147,13 @@ impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         // Candle appends a backtrace to its message where RUST_BACKTRACE is set: `source()` keeps it.
         let text = error.to_string();
-        Self::run("tensor operation failed").detail(text.lines().next().unwrap_or_default()).source(error)
+        let first = text.lines().next().unwrap_or_default();
+        let failed = match first.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+            true => Self::run("the GPU has not enough free memory")
+                .hint("`training.checkpointing: full`, a smaller batch or resolution, or a lower rank take less"),
+            false => Self::run("tensor operation failed"),
+        };
+        failed.detail(first).source(error)
     }
 }
 
@@ -175,6 +181,14 @@ mod tests {
             "cannot load `a.weight` from `x.safetensors`\n  expected shape (2, 2), found (2, 1)\nhint: wants a base model"
         );
         assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn a_full_gpu_is_named() {
+        let full = candle_core::Error::Msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")".into());
+        let text = Error::from(full).to_string();
+        assert!(text.starts_with("the GPU has not enough free memory\n") && text.contains("checkpointing"), "{text}");
+        assert!(Error::from(candle_core::Error::Msg("x".into())).to_string().starts_with("tensor operation failed"));
     }
 
     #[test]

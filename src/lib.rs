@@ -23,3 +23,4 @@ pub mod rng;
 pub mod sample;
 pub mod train;
 pub mod verify;
+pub mod world;

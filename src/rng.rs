@@ -35,6 +35,8 @@ pub enum Purpose {
     Bench = 12,
     /// Alternatives in prompts.
     Prompts = 13,
+    /// Scenes, words and places of the drawn world.
+    World = 20,
 }
 
 /// A stream of random numbers for one (seed, step, item, purpose).

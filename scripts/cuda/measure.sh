@@ -4,7 +4,7 @@
 #
 #   scripts/cuda/measure.sh --binary FILE [--python PYTHON] [--output DIR] [--device cuda:0] [--quick]
 #
-#   --binary FILE    qwen-lora built with `--features cuda`
+#   --binary FILE    qwen-lora built with `--features cuda`, or the same in gzip
 #   --python PYTHON  an interpreter with PyTorch for CUDA 13 [default: python3]
 #   --output DIR     where the results go: table.txt, *.json, *.log [default: cuda-measured]
 #   --device NAME    which GPU [default: cuda:0]
@@ -12,7 +12,7 @@
 #
 # Needs an NVIDIA driver for CUDA 13 and, beside the binary, libcublas, libcurand and libcudart of CUDA 13; where they are
 # not installed, those of the PyTorch installation are taken. 80 GB of GPU memory for every line; what does not fit says so.
-# A part that fails is named, the others run all the same; the exit code is 1 if any failed.
+# A part that fails is named, the others run all the same; the exit code is 1 if any failed, 2 if there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -28,9 +28,12 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -x "$binary" ] || { echo "--binary: \`$binary\` is no program" >&2; exit 2; }
 mkdir -p "$output"
 rm -f "$output"/*.json "$output"/*.log "$output"/table.txt
+case $binary in
+  *.gz) gunzip -c "$binary" >"$output/qwen-lora" && chmod +x "$output/qwen-lora" && binary=$output/qwen-lora ;;
+esac
+[ -x "$binary" ] || { echo "--binary: \`$binary\` is no program" >&2; exit 2; }
 
 libraries=$("$python" - <<'PYTHON' 2>/dev/null
 import glob, os, site, sys
@@ -38,7 +41,7 @@ folders = site.getsitepackages() + [site.getusersitepackages()] + sys.path
 print(":".join(p for f in dict.fromkeys(folders) for p in glob.glob(os.path.join(f, "nvidia", "*", "lib"))))
 PYTHON
 )
-export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries
+export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64:$libraries
 
 failed=()
 began=$SECONDS
@@ -56,7 +59,12 @@ part() {
 { date -u +%Y-%m-%d; nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv,noheader; } \
   2>&1 | tee "$output/machine.txt"
 "$binary" --version | tee -a "$output/machine.txt"
-part kernels 120 "$binary" kernels --device "$device" || sed -n '/FAILED/p' "$output/kernels.json"
+part kernels 180 "$binary" kernels --device "$device"
+case $? in
+  0) ;;
+  2) echo "there is no GPU to measure" >&2; exit 2 ;;
+  *) sed -n '/FAILED/p' "$output/kernels.json" ;;
+esac
 
 cases=tests/fixtures/reference
 for name in case_a case_b; do

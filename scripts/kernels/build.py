@@ -26,6 +26,8 @@ OUTPUT = HERE.parents[1] / "src/kernels/cuda/cubin"
 DOCUMENT = HERE.parents[1] / "docs/kernels.md"
 TRITON_VERSION = "3.6.0"
 PTX_ARCH = 80
+# Cards that load the PTX, and the assembler that knows them: what their drivers will do with it is tried here.
+PTX_CARDS = {86: "ptxas", 100: "ptxas-blackwell", 120: "ptxas-blackwell"}
 
 # One module per idea; each has a list KERNELS.
 MODULES = [
@@ -76,20 +78,39 @@ def compile_one(kernel, constants, arch):
         "num_stages": tile.num_stages,
         "enable_fp_fusion": kernel.fused_multiply_add,
     }
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), tile
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    # `mul.f32` without `.rn` is one that the assembler may still fuse.
+    fused = re.search(r"\bfma\.|\b(mul|add|sub)\.f32", compiled.asm["ptx"])
+    assert kernel.fused_multiply_add or not fused, f"{kernel.entry} for sm_{arch} has {fused[0]}"
+    return compiled, tile
+
+
+def tool(name, content, *arguments):
+    """What one of the compiler's own tools says about a file of that content."""
+    import triton
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, *arguments, file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 def resources(cubin):
-    """(registers of a thread, bytes of a thread that spilled to memory), by cuobjdump."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    """(registers of a thread, bytes of a thread that spilled to memory)"""
+    text = tool("cuobjdump", cubin, "-res-usage")
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
     return int(registers), int(stack) + int(local)
+
+
+def try_portable(name, ptx):
+    """Assembles PTX for cards that get no cubin; it must fit their registers."""
+    for arch, assembler in PTX_CARDS.items():
+        text = tool(assembler, ptx, "-v", f"-arch=sm_{arch}", "-o", os.devnull)
+        stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()
+        assert stores == loads == "0", f"{name} from PTX for sm_{arch} spills {stores} bytes of registers"
 
 
 def portable_ptx(text):
@@ -112,7 +133,9 @@ def build_variant(module, kernel, suffix, constants):
         assert not spilled, f"{name} for sm_{arch} spills {spilled} bytes of registers"
         binaries = [("cubin", f"{name}.sm{arch}.cubin", compiled.asm["cubin"])]
         if arch == PTX_ARCH:
-            binaries.append(("ptx", f"{name}.ptx", portable_ptx(compiled.asm["ptx"]).encode()))
+            ptx = portable_ptx(compiled.asm["ptx"]).encode()
+            try_portable(name, ptx)
+            binaries.append(("ptx", f"{name}.ptx", ptx))
         for kind, file, content in binaries:
             files[file] = content
             targets.append(

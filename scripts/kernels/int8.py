@@ -63,7 +63,13 @@ LAUNCH = {
 SIZES = {"rows": "i32", "width": "i32%16"}
 
 KERNELS = [
-    Kernel(int8_quantise, arguments={"W": "*bf16%16", "Q": "*i8%16", "SCALES": "*fp16%16"} | SIZES, **LAUNCH),
+    # Fused, the rest beyond the whole number would be that of the product before rounding: another side of a half.
+    Kernel(
+        int8_quantise,
+        arguments={"W": "*bf16%16", "Q": "*i8%16", "SCALES": "*fp16%16"} | SIZES,
+        fused_multiply_add=False,
+        **LAUNCH,
+    ),
     Kernel(
         int8_dequantise,
         arguments={"Q": "*i8%16", "SCALES": "*fp16%16", "W": "*bf16%16"} | SIZES | {"row_stride_w": "i32%16"},

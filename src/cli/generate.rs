@@ -217,7 +217,7 @@ fn read_prompts(path: &Path) -> Result<Vec<String>> {
 }
 
 /// `FILE` or `FILE:WEIGHT`. Errors: no such file, with the nearest name beside it.
-fn parse_lora(text: &str) -> Result<LoraUse> {
+pub fn parse_lora(text: &str) -> Result<LoraUse> {
     let (file, weight) = path_and_weight(text);
     if Path::new(file).exists() {
         return Ok(LoraUse { file: file.into(), weight, hash: String::new() });

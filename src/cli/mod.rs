@@ -18,6 +18,7 @@ pub mod route;
 pub mod synth;
 pub mod train;
 pub mod verify;
+pub mod world;
 
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
@@ -62,6 +63,7 @@ verbs! {
     inspect: Inspect(InspectArgs);
     extract: Extract(ExtractArgs);
     synth: Synth(SynthArgs);
+    world: World(WorldArgs);
     config: Config(ConfigArgs);
 }
 

@@ -8,6 +8,7 @@ use crate::kernels::Value;
 use crate::kernels::linear::{Linear, Lora};
 use crate::rng::{Purpose, Stream};
 use candle_core::{Device, Tensor};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
@@ -140,6 +141,7 @@ impl QwenImageTransformer {
             transformer_blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
             norm_out: linear("norm_out.linear")?,
             proj_out: linear("proj_out")?,
+            last_rotary: RefCell::default(),
             config,
         })
     }

@@ -22,8 +22,10 @@ use crate::kernels::linear::Linear;
 use crate::kernels::math::Activation;
 use crate::kernels::modulation::TokenRows;
 use crate::kernels::norm::{modulated_norm, rms_norm};
+use crate::kernels::rope::Rope;
 use block::{EPS, Keeps};
 use candle_core::{DType, Device, Tensor};
+use std::cell::RefCell;
 use std::rc::Rc;
 
 /// In what types a network is held and run.
@@ -56,6 +58,16 @@ pub struct QwenImageTransformer {
     transformer_blocks: Vec<Rc<Block>>,
     norm_out: Linear,
     proj_out: Linear,
+    /// The rotary tables of the last forward pass: most passes have the shapes of the one before.
+    last_rotary: RefCell<Option<Rotary>>,
+}
+
+/// Rotary tables and what they are for.
+struct Rotary {
+    image_shapes: Vec<ImageShape>,
+    text_tokens: usize,
+    /// Of the image tokens and of the text tokens.
+    tables: (Rope, Rope),
 }
 
 struct TimeTextEmbed {
@@ -133,7 +145,7 @@ impl QwenImageTransformer {
                 (both, TokenRows::with_conditions(batch, flags)) // (2 B, D)
             }
         };
-        let (rope_img, rope_txt) = rotary_tables(&self.config, inputs.image_shapes, txt.dims()[1]);
+        let (rope_img, rope_txt) = self.rotary(inputs.image_shapes, txt.dims()[1]);
         observe("temb", temb.tensor());
         for (name, rope) in [("img", &rope_img), ("txt", &rope_txt)] {
             for (part, table) in [("cos", &rope.cos), ("sin", &rope.sin)] {
@@ -166,6 +178,19 @@ impl QwenImageTransformer {
         let img = modulated_norm(&img, &mods, 1, 0, &rows, EPS)?;
         observe("norm_out", img.tensor());
         self.proj_out.forward(&img)
+    }
+
+    fn rotary(&self, image_shapes: &[ImageShape], text_tokens: usize) -> (Rope, Rope) {
+        let mut last = self.last_rotary.borrow_mut();
+        if let Some(last) = &*last
+            && last.image_shapes == image_shapes
+            && last.text_tokens == text_tokens
+        {
+            return last.tables.clone();
+        }
+        let tables = rotary_tables(&self.config, image_shapes, text_tokens);
+        *last = Some(Rotary { image_shapes: image_shapes.to_vec(), text_tokens, tables: tables.clone() });
+        tables
     }
 
     fn check(&self, inputs: &Inputs) -> Result<()> {

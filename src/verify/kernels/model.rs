@@ -4,18 +4,22 @@
 use super::{Row, Sizes, randn};
 use crate::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
 use crate::error::Result;
+use crate::kernels::Value;
 use crate::kernels::route::composed_only;
 use crate::model::transformer::{BaseWeights, Checkpointing, Precision, QwenImageTransformer, TransformerConfig};
 use crate::optim::{AdamW, AdamWOptions, clip_grad_norm};
 use crate::train::step::{NoisyBatch, forward_backward};
 use crate::train::trainable::Trainable;
 use candle_core::{DType, Device, Tensor};
+use std::collections::BTreeMap;
 
 /// One less the cosine between gradients in bf16 and in f32.
 const GRADIENT_LIMIT: f64 = 1e-3;
 /// How far apart the losses may be, relatively.
 const LOSS_LIMIT: f64 = 1e-2;
 const STEPS: usize = 10;
+
+type Weights = BTreeMap<String, Value>;
 
 /// Two blocks with heads of the published width.
 struct Small {
@@ -50,12 +54,14 @@ struct Trained {
 pub(super) fn check(device: &Device, sizes: Sizes) -> Result<Vec<Row>> {
     let small = Small::new(sizes);
     // The CPU's own f32 is what a GPU is held against where that takes no time.
+    let reference_device = if sizes == Sizes::Small { &Device::Cpu } else { device };
+    let weights = small.weights(reference_device)?;
     let reference = match sizes {
-        Sizes::Small => small.train(&Device::Cpu, DType::F32)?,
-        Sizes::Published => composed_only(|| small.train(device, DType::F32))?,
+        Sizes::Small => small.train(&weights, reference_device, DType::F32)?,
+        Sizes::Published => composed_only(|| small.train(&weights, reference_device, DType::F32))?,
     };
-    let mut rows = compare(&small, "bf16", &reference, &small.train(device, DType::BF16)?);
-    let composed = composed_only(|| small.train(device, DType::BF16))?;
+    let mut rows = compare(&small, "bf16", &reference, &small.train(&weights, device, DType::BF16)?);
+    let composed = composed_only(|| small.train(&weights, device, DType::BF16))?;
     rows.extend(compare(&small, "bf16 composed", &reference, &composed));
     Ok(rows)
 }
@@ -100,8 +106,11 @@ fn one_less_cosine(a: Option<&[f32]>, b: Option<&[f32]>) -> f64 {
 }
 
 impl Small {
-    fn train(&self, device: &Device, dtype: DType) -> Result<Trained> {
-        let mut model = self.model(device, dtype)?;
+    fn train(&self, weights: &Weights, device: &Device, dtype: DType) -> Result<Trained> {
+        let precision = Precision::uniform(dtype);
+        let weight = |name: &str, _: &[usize]| Ok(weights[name].tensor().to_dtype(dtype)?.to_device(device)?);
+        let mut model =
+            QwenImageTransformer::build(self.config.clone(), precision, device, BaseWeights::Frozen, weight)?;
         let entries = ["qkv", "mlp", "fusion", "modulation", "entry"];
         let entries = entries.map(|name| TargetEntry { pattern: name.into(), rank: None, alpha: None });
         let scaling = LoraScaling { rank: self.rank, alpha: 2.0 * self.rank as f64, rslora: false };
@@ -130,15 +139,11 @@ impl Small {
         Ok(trained)
     }
 
-    /// The same weights whatever the device and the type: made on the CPU.
-    fn model(&self, device: &Device, dtype: DType) -> Result<QwenImageTransformer> {
-        let f32s = Precision::uniform(DType::F32);
-        let weights = QwenImageTransformer::random(self.config.clone(), 11, f32s, &Device::Cpu, BaseWeights::Frozen)?;
-        let weights: std::collections::BTreeMap<_, _> = weights.parameters().into_iter().collect();
-        let precision = Precision::uniform(dtype);
-        QwenImageTransformer::build(self.config.clone(), precision, device, BaseWeights::Frozen, |name, _| {
-            Ok(weights[name].tensor().to_dtype(dtype)?.to_device(device)?)
-        })
+    /// Base weights in f32, which all runs have, whatever their device and type.
+    fn weights(&self, device: &Device) -> Result<Weights> {
+        let precision = Precision::uniform(DType::F32);
+        let model = QwenImageTransformer::random(self.config.clone(), 11, precision, device, BaseWeights::Frozen)?;
+        Ok(model.parameters().into_iter().collect())
     }
 
     fn batch(&self, step: usize) -> Result<NoisyBatch> {
