@@ -66,7 +66,9 @@ fn diffusers_does_with_every_recorded_file_what_is_predicted() {
 #[test]
 fn the_table_of_what_diffusers_does_is_what_inspect_prints() {
     let base = fixture("case_a/pipe");
-    let rows: [(&str, &[&str], Option<&str>, &str, &str, &str); 7] = [
+    // What, files, `--alpha`; verdict, strength, a word of the note.
+    type Row = (&'static str, &'static [&'static str], Option<&'static str>, &'static str, &'static str, &'static str);
+    let rows: [Row; 7] = [
         ("diffusers keys, metadata", &["transformer_ab_metadata"], None, "loads", "as meant", ""),
         ("the same without metadata", &["transformer_ab"], Some("8"), "loads", "x 0.5", "alpha is not seen"),
         ("scale folded into B", &["transformer_ab_folded"], None, "loads", "as meant", ""),
