@@ -175,8 +175,8 @@ section! {
         /// Weight in the loss of a sample trained with its caption, relative to one whose caption was dropped. It is
         /// divided by its mean, so that the loss as a whole does not grow.
         caption_weight: f64 = 1.0, Range::between(0.0, 1000.0);
-        /// Factor on the pose and count terms of the loss, whose shares are `loss.weights`; 0 turns them off, and `loss` and
-        /// `pose` then do nothing.
+        /// Factor on the pose and count terms of the loss, whose shares are `loss.weights`; 0 turns them off, and `loss`
+        /// then does nothing.
         pose_loss_weight: f64 = 0.0, Range::at_least(0.0);
         /// Images that are kept out of training to measure the held-out loss: a number of them, or a share, which is
         /// rounded down and never more than 32. 0 trains on everything and measures nothing.
