@@ -35,6 +35,8 @@ pub enum Purpose {
     Bench = 12,
     /// Alternatives in prompts.
     Prompts = 13,
+    /// The piece of a picture that the pose term looks at.
+    Crop = 14,
     /// Scenes, words and places of the drawn world.
     World = 20,
 }

@@ -54,19 +54,32 @@ fn the_config_file() {
     assert_refused(&place, &["--threads", "0"], &["`--threads` is 0"]);
 }
 
-/// The recipe with a term that does not exist yet, exactly as it is handed out: refused before any download.
 #[test]
-fn the_pose_loss_is_refused_and_never_ignored() {
+fn the_structured_loss() {
     let place = Workplace::new();
-    std::fs::copy(train_common::package().join("configs/anime.yaml"), place.path("anime.yaml")).unwrap();
-    let before = files(&place.path(""));
-    let mut command = place.command(&["train", "--config", "anime.yaml"]);
-    // A download would go to this port, where nobody listens, and a cached model would be found here.
-    let command = command.env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_HOME", place.path("hub"));
-    let error = the_error(&command.output().unwrap(), 2);
-    assert_says(&error, &["the pose loss does not exist in this version", "`data.pose_loss_weight` is 0.8"]);
-    assert_says(&error, &["hint: train without it: `--set data.pose_loss_weight=0`"]);
-    assert_eq!(before, files(&place.path("")));
+    let on = ["--set", "data.pose_loss_weight=1"];
+    let refused = |sets: &[&str], says: &[&str]| {
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        assert_refused(&place, &[&on[..], &sets].concat(), says);
+    };
+    let zeros = "loss.weights={reconstruction: 0, pose: 0, count: 0}";
+    refused(&[zeros], &["the weights of the loss are all 0", "one of `loss.weights` above 0"]);
+    refused(
+        &["loss.gate={from: 0.6, to: 0.5}"],
+        &["the gate of the structured loss is empty", "`loss.gate.to` is 0.5"],
+    );
+    refused(&["loss.every=0"], &["`loss.every`", "found 0"]);
+    refused(&["pose=posnet"], &["no pose network `posnet`", "did you mean `posenet`?"]);
+
+    // Weights of another network: PoseNet's in the place of a heatmap network, of OpenPose, of a tiny decoder.
+    let posenet = train_common::package().join("assets/posenet_mv1_075.safetensors");
+    std::fs::copy(posenet, place.path("other.safetensors")).unwrap();
+    refused(&["pose=other.safetensors"], &["`other.safetensors` is not a heatmap network", "`pose_network`"]);
+    refused(
+        &["pose={network: openpose, body: other.safetensors}"],
+        &["`conv1_2.weight`", "weights of another network"],
+    );
+    refused(&["loss.decoder=other.safetensors"], &["`decoder.1.weight` of the tiny decoder", "taew2_1"]);
 }
 
 #[test]
@@ -101,7 +114,7 @@ fn modes_that_do_not_go_together() {
     let place = Workplace::new();
     let full = ["--set", "training.mode=full", "--set", "model.dtype=bf16"];
     assert_refused(&place, &full, &["`training.mode: full` trains weights in f32", "found bf16", "hint: "]);
-    assert_refused(&place, &["--set", "device=cuda:0"], &["cannot train on `device: cuda:0`", "hint: "]);
+    assert_refused(&place, &["--set", "device=cuda:0"], &["this build cannot compute on `device: cuda:0`", "hint: "]);
 }
 
 #[test]

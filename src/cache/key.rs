@@ -44,6 +44,13 @@ impl Key {
         Self::new("mask", &[mask_hash.as_bytes(), &shape])
     }
 
+    /// The maps of what a pose network sees in a sample: depends on the sample's latents, the decoder and the network (their
+    /// fingerprints), and the size of the pieces.
+    pub fn pose_maps(latents: &Key, decoder: &str, network: &str, crop: usize) -> Self {
+        let crop = (crop as u64).to_le_bytes();
+        Self::new("pose_maps", &[latents.hash.as_bytes(), decoder.as_bytes(), network.as_bytes(), &crop])
+    }
+
     /// The people in an image: depends on the image file's bytes, how this program decodes and resizes, how it makes
     /// boxes and counts, and the pose network (its fingerprint).
     pub fn people(image_hash: &blake3::Hash, network: &str) -> Self {
@@ -61,7 +68,7 @@ impl Key {
         Self { kind, hash: hasher.finalize() }
     }
 
-    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`, `people`.
+    /// What kind of entry it names: `prompt_embeds`, `latents`, `mask`, `people`, `pose_maps`.
     pub fn kind(&self) -> &'static str {
         self.kind
     }
@@ -92,6 +99,11 @@ mod tests {
             Key::latents(&hash("1"), bucket(16, 32), "v"),
             Key::latents(&hash("2"), bucket(32, 16), "v"),
             Key::latents(&hash("1"), bucket(32, 16), "w"),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("2"), bucket(32, 16), "v"), "v", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "w", "n", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "m", 256),
+            Key::pose_maps(&Key::latents(&hash("1"), bucket(32, 16), "v"), "v", "n", 128),
             Key::mask(&hash("1"), bucket(32, 16)),
             Key::mask(&hash("1"), bucket(16, 32)),
             Key::people(&hash("1"), "p"),

@@ -4,6 +4,7 @@ pub mod encode;
 pub mod fill;
 pub mod fingerprint;
 pub mod key;
+pub mod pose;
 pub mod source;
 pub mod store;
 

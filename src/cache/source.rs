@@ -45,6 +45,11 @@ impl CachedSamples {
         Ok(Some(one(&self.latents, key, MASK)?.flatten_all()?.to_vec1()?))
     }
 
+    /// The latents (C, h, w) of one entry. Errors: it is gone or damaged.
+    pub fn read_latents(&self, key: &Key) -> Result<Tensor> {
+        one(&self.latents, key, LATENTS)
+    }
+
     /// The batch of `planned`.
     pub fn batch(&self, planned: &PlannedBatch) -> Result<Batch> {
         let read = |planned_item: &PlannedItem| {

@@ -1,13 +1,18 @@
 //! `qwen-lora bench`.
 
 use crate::cli::{print_line, use_threads};
-use crate::config::{Checkpointing, DeviceChoice};
+use crate::config::{Checkpointing, DeviceChoice, LossGate, LossWeights};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::flow::gate::Gate;
 use crate::kernels::route::composed_only;
+use crate::model::synth::tiny_in_cache;
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
+use crate::model::vae::{CropDecoder, Vae};
+use crate::pose::posenet::PoseNet;
 use crate::progress::tell;
-use crate::train::bench::{Shape, bench};
+use crate::train::bench::{Guided, Shape, bench};
+use crate::train::structured::{Structured, TermWeights};
 use candle_core::DType;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -73,6 +78,15 @@ pub struct BenchArgs {
     /// Run every op composed of candle's operations, without kernels of our own (slow; to compare).
     #[arg(long)]
     composed: bool,
+    /// Add the structured loss in every so manyth step: PoseNet behind the VAE of `synthetic:tiny`; 0 times plain steps.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    structured_every: usize,
+    /// Longest side in pixels of the piece that the structured loss decodes.
+    #[arg(long, value_name = "PIXELS", default_value_t = 256)]
+    crop: usize,
+    /// Folder of another VAE for the structured loss.
+    #[arg(long, value_name = "VAE_DIR")]
+    vae: Option<PathBuf>,
     /// Seed of random weights and data.
     #[arg(long, default_value_t = 7)]
     seed: u64,
@@ -157,7 +171,27 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         checkpointing,
         seed: args.seed,
     };
-    let timed = || bench(model, &shape, |step, seconds| tell(format_args!("step {step}: {seconds:.4} s")));
+    let guided = if args.structured_every > 0 { Some(guided(args)?) } else { None };
+    let timed = || bench(model, &shape, guided, |step, seconds| tell(format_args!("step {step}: {seconds:.4} s")));
     let report = if args.composed { composed_only(timed)? } else { timed()? };
     print_line(serde_json::to_string(&report).expect("a report is plain data"))
+}
+
+/// The structured loss with the defaults of the config.
+fn guided(args: &BenchArgs) -> Result<Guided> {
+    let folder = match &args.vae {
+        Some(folder) => folder.clone(),
+        None => tiny_in_cache()?.join("vae"),
+    };
+    let vae = Vae::load(&folder)?;
+    let latent = vae.config().spatial_compression();
+    let (weights, gate) = (LossWeights::default(), LossGate::default());
+    let weights = TermWeights { reconstruction: weights.reconstruction, pose: weights.pose, count: weights.count };
+    let loss = Structured::new(Box::new(PoseNet::embedded()?), CropDecoder::Full(Box::new(vae)), weights);
+    Ok(Guided {
+        loss,
+        gate: Gate::new(gate.from, gate.to, gate.taper),
+        every: args.structured_every,
+        crop: (args.crop / latent).max(2),
+    })
 }

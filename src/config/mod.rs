@@ -11,9 +11,12 @@ pub mod stages;
 pub mod tree;
 pub mod types;
 
-pub use sections::{Data, Evaluation, Filter, Flow, Lora, Model, Preview, Regions, Save, Target, Targets, Training};
+pub use sections::{
+    Data, Evaluation, Filter, Flow, Lora, Loss, LossGate, LossWeights, Model, Pose, Preview, Regions, Save, Target,
+    Targets, Training,
+};
 pub use size::ImageSize;
-pub use stages::{Multipliers, SigmaRange, Stage, StageFilter, Stages, Until};
+pub use stages::{Multipliers, SigmaRange, Stage, StageFilter, StageLoss, Stages, Until};
 pub use types::{
     Betas, Checkpointing, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, Optimizer,
     Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
@@ -43,6 +46,10 @@ section! {
         data: Data;
         /// Noise levels.
         flow: Flow = Flow::default();
+        /// The structured loss.
+        loss: Loss = Loss::default();
+        /// The network that finds persons: a name or a file, or a map with the keys below.
+        pose: Pose = Pose::default();
         /// Weights of hands, limbs, persons and masks in the loss.
         regions: Regions = Regions::default();
         /// Staged training: a list of stages as described below, which follow one another, or `progressive`: everything
@@ -95,6 +102,7 @@ impl Config {
         for argument in sets {
             tree::set(&mut root, argument, |path| match path {
                 "model" => Some("path"),
+                "pose" => Some("network"),
                 _ if path.starts_with("lora.target_modules.") => Some("name"),
                 _ => None,
             })?;
@@ -118,6 +126,23 @@ impl Config {
                 .detail(format!("`flow.sigma_max` is {}", self.flow.sigma_max)));
         }
         self.stages.spans(training.max_steps)?;
+        for (_, stage) in self.stages.spans(training.max_steps)? {
+            let LossWeights { reconstruction, pose, count } = stage.loss.or(&self.loss.weights);
+            if reconstruction + pose + count == 0.0 {
+                return Err(Error::usage(format!("the weights of the loss are all 0 in the stage `{}`", stage.name))
+                    .expected("one of its `loss` above 0", "reconstruction 0, pose 0, count 0"));
+            }
+        }
+        let (weights, gate) = (&self.loss.weights, &self.loss.gate);
+        if weights.reconstruction + weights.pose + weights.count == 0.0 {
+            return Err(Error::usage("the weights of the loss are all 0")
+                .expected("one of `loss.weights` above 0", "reconstruction 0, pose 0, count 0"));
+        }
+        if gate.from > gate.to {
+            return Err(Error::usage("the gate of the structured loss is empty")
+                .expected("`loss.gate.from` at most `loss.gate.to`", gate.from)
+                .detail(format!("`loss.gate.to` is {}", gate.to)));
+        }
         let preview = &self.preview;
         if preview.every > 0 && (preview.prompts.is_empty() || preview.seeds.is_empty()) {
             let empty = if preview.prompts.is_empty() { "prompts" } else { "seeds" };
@@ -133,11 +158,6 @@ impl Config {
 
     /// Fails if the config asks for what this version cannot do. Called before training; reading a config does not.
     pub fn check_supported(&self) -> Result<()> {
-        if self.data.pose_loss_weight > 0.0 {
-            return Err(Error::usage("the pose loss does not exist in this version")
-                .detail(format!("`data.pose_loss_weight` is {}", self.data.pose_loss_weight))
-                .hint("train without it: `--set data.pose_loss_weight=0`"));
-        }
         if matches!(self.device, DeviceChoice::Cuda(_)) && cfg!(not(feature = "cuda")) {
             return Err(crate::device::no_cuda(self.device));
         }
@@ -150,9 +170,16 @@ impl Config {
     }
 
     /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device` and `preview`,
-    /// which reach no weight, and without paths of this machine (a model or data folder is reduced to its name, the cache folder left out).
+    /// which reach no weight (nor does `loss` where `data.pose_loss_weight` is 0, nor then a `pose` that was left alone), and without paths of this machine (a model or data folder is reduced to its name, the cache folder left out).
     pub fn embedded_json(&self) -> String {
-        serde_json::to_value(self.embedded()).expect("a tree of plain values is JSON").to_string()
+        let mut root = self.embedded();
+        if self.data.pose_loss_weight == 0.0 {
+            root.remove("loss");
+            if self.pose == Pose::default() {
+                root.remove("pose");
+            }
+        }
+        serde_json::to_value(root).expect("a tree of plain values is JSON").to_string()
     }
 
     fn embedded(&self) -> Node {
@@ -167,6 +194,15 @@ impl Config {
         config.data.path = last_component(&config.data.path).into();
         if let Masks::Folder(folder) = &config.data.masks {
             config.data.masks = Masks::Folder(last_component(folder).into());
+        }
+        config.loss.decoder = config.loss.decoder.as_deref().map(|path| last_component(path).into());
+        for source in [Some(&mut config.pose.network), Some(&mut config.pose.body), config.pose.hand.as_mut()] {
+            // A name or a hub id is no path of this machine; its file may have moved since.
+            if let Some(source) = source
+                && (Path::new(&*source).exists() || Path::new(&*source).extension().is_some())
+            {
+                *source = last_component(Path::new(&*source));
+            }
         }
         let mut root = config.write();
         root.remove("output");

@@ -175,7 +175,8 @@ section! {
         /// Weight in the loss of a sample trained with its caption, relative to one whose caption was dropped. It is
         /// divided by its mean, so that the loss as a whole does not grow.
         caption_weight: f64 = 1.0, Range::between(0.0, 1000.0);
-        /// Weight of the pose term of the loss. This version has no pose term: training refuses any value above 0.
+        /// Factor on the pose and count terms of the loss, whose shares are `loss.weights`; 0 turns them off, and `loss`
+        /// then does nothing.
         pose_loss_weight: f64 = 0.0, Range::at_least(0.0);
         /// Images that are kept out of training to measure the held-out loss: a number of them, or a share, which is
         /// rounded down and never more than 32. 0 trains on everything and measures nothing.
@@ -217,6 +218,58 @@ section! {
         gamma: f64 = 0.7, Range::between(0.1, 10.0);
         /// Weight of what a mask paints black: what counts for nothing at all grows phantom limbs.
         floor: f64 = 0.05, Range::between(0.05, 1.0);
+    }
+}
+
+section! {
+    /// The structured loss: persons in the picture, beside its latents. It acts where `data.pose_loss_weight` is above 0.
+    pub struct Loss {
+        /// Shares of the terms in the loss of a sample, where the gate is open.
+        weights: LossWeights = LossWeights::default();
+        /// Noise levels at which pose and count act.
+        gate: LossGate = LossGate::default();
+        /// They act in every so manyth step.
+        every: usize = 1, Range::between(1.0, 10000.0);
+        /// Longest side in pixels of the piece of a picture that is decoded for them: what bounds their cost.
+        crop: usize = 256, Range::between(32.0, 2048.0);
+        /// A tiny decoder (TAEHV's `taew2_1`, as .pth or .safetensors) in place of the VAE's own: cheaper and rougher.
+        decoder: Option<PathBuf> = None;
+    }
+}
+
+section! {
+    /// Shares of the terms. Each term is brought to the size of the reconstruction first, by running means.
+    pub struct LossWeights {
+        /// The squared error of the latents, which has weight 1 where pose and count do not act.
+        reconstruction: f64 = 0.7, Range::at_least(0.0);
+        /// Distance of the pose maps from those of the target.
+        pose: f64 = 0.2, Range::at_least(0.0);
+        /// Numbers of hands (or limb ends, if the pose network knows no hands) against those of the target.
+        count: f64 = 0.1, Range::at_least(0.0);
+    }
+}
+
+section! {
+    /// A window over the noise levels, with smooth flanks.
+    pub struct LossGate {
+        /// Lowest noise level at which it is fully open.
+        from: f64 = 0.1, Range::between(0.0, 1.0);
+        /// Highest noise level at which it is fully open.
+        to: f64 = 0.5, Range::between(0.0, 1.0);
+        /// Width of the flanks on both sides.
+        taper: f64 = 0.1, Range::between(0.0, 1.0);
+    }
+}
+
+section! {
+    /// The network that finds persons, hands and limbs; see `qwen-lora pose --help`.
+    pub struct Pose shorthand network {
+        /// `posenet` (built in), `openpose` (non-commercial weights), or the file of a heatmap network.
+        network: String = "posenet".into();
+        /// OpenPose's body weights: a file, a folder or a hub id.
+        body: String = "lllyasviel/Annotators".into();
+        /// OpenPose's hand weights, for `qwen-lora pose`; the loss does not use them.
+        hand: Option<String> = None;
     }
 }
 

@@ -1,8 +1,9 @@
 //! `stages:`: a run in several parts, each with its own images, modules, noise levels and learning rate.
 
 use crate::config::field::{At, Field, Range, section};
+use crate::config::sections::LossWeights;
 use crate::config::tree::{Content, Node};
-use crate::config::types::{Positive, Resolutions};
+use crate::config::types::{NonNegative, Positive, Resolutions};
 use crate::error::{Error, Result};
 use serde_json::{Value as Json, json};
 use std::ops::Range as Steps;
@@ -24,10 +25,37 @@ section! {
         sigma: Option<SigmaRange> = None;
         /// In place of `data.resolution`.
         resolution: Option<Resolutions> = None;
+        /// Shares of the terms of the loss in place of those of `loss.weights`.
+        loss: StageLoss = StageLoss::default();
         /// Weights in the loss in place of those of `regions`.
         regions: Multipliers = Multipliers::default();
         /// Which of the images are shown.
         filter: StageFilter = StageFilter::default();
+    }
+}
+
+section! {
+    /// Shares of a stage; null means as in `loss.weights`. Pose and count are multiplied by `data.pose_loss_weight`; with
+    /// both at 0 the stage trains on the reconstruction alone.
+    pub struct StageLoss {
+        /// The squared error of the latents, where pose and count act.
+        reconstruction: Option<NonNegative> = None;
+        /// Distance of the pose maps from those of the target.
+        pose: Option<NonNegative> = None;
+        /// Numbers of hands or limb ends against those of the target.
+        count: Option<NonNegative> = None;
+    }
+}
+
+impl StageLoss {
+    /// The shares of the stage in a run with these ones.
+    pub fn or(&self, run: &LossWeights) -> LossWeights {
+        let own = |own: Option<NonNegative>, run| own.map_or(run, NonNegative::get);
+        LossWeights {
+            reconstruction: own(self.reconstruction, run.reconstruction),
+            pose: own(self.pose, run.pose),
+            count: own(self.count, run.count),
+        }
     }
 }
 

@@ -46,17 +46,18 @@ data: {resolution: 768, caption_weight: 1.2, pose_loss_weight: 0.8}
         assert_eq!((lora.rank.get(), lora.alpha, lora.scale(lora.rank, lora.alpha)), (64, 128.0, 2.0));
         assert_eq!(lora.target_modules, Targets::new(&["qkv", "mlp", "fusion"]));
         assert_eq!((data.resolution.sides(), data.caption_weight, data.pose_loss_weight), (&[768][..], 1.2, 0.8));
-        let error = config.check_supported().unwrap_err().to_string();
-        assert!(error.contains("pose loss does not exist") && error.contains("pose_loss_weight=0"), "{error}");
+        let weights = &config.loss.weights;
+        assert_eq!((weights.reconstruction, weights.pose, weights.count), (0.7, 0.2, 0.1));
+        config.check_supported().unwrap();
     }
 }
 
 #[test]
-fn every_file_under_configs_is_valid_and_trains_except_for_the_pose_term() {
+fn every_file_under_configs_is_valid_and_trains() {
     let mut num_files = 0;
     for entry in std::fs::read_dir("configs").unwrap() {
         let path = entry.unwrap().path();
-        let config = Config::load(&path, &["data.pose_loss_weight=0".into()]).unwrap();
+        let config = Config::load(&path, &[]).unwrap();
         config.check_supported().unwrap();
         let stem = path.file_stem().unwrap().to_str().unwrap();
         assert_eq!(config.output, Path::new("runs").join(stem));
@@ -203,6 +204,11 @@ fn stages_cover_the_run_without_gap_or_overlap() {
         ("[{name: a, untl: 3}]", "unknown key `stages.0.untl`"),
         ("[{name: a, until: 0}]", "wrong value for `stages.0.until`"),
         ("[{name: a, until: 1.5}]", "wrong value for `stages.0.until`"),
+        (
+            "[{name: a, loss: {reconstruction: 0, pose: 0, count: 0}}]",
+            "the weights of the loss are all 0 in the stage `a`",
+        ),
+        ("[{name: a, loss: {pose: -1}}]", "wrong value for `stages.0.loss.pose`"),
         ("[{name: a, sigma: [0.5, 0.5]}]", "wrong value for `stages.0.sigma`"),
         ("three", "wrong value for `stages`"),
     ] {
@@ -245,12 +251,15 @@ fn unusual() -> Config {
         "data={path: /d/图片, resolution: [512, 768], default_caption: 'yes', max_sequence_length: 99, \
          caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c, \
          filter: {min_size: 7, max_hands: 4, max_legs: 3, require_person: true}, masks: ~/m}",
+        "loss={weights: {reconstruction: 1, pose: 3, count: 0}, gate: {from: 0.2, to: 0.3, taper: 0}, every: 4, crop: 128, \
+         decoder: /t/taew2_1.pth}",
+        "pose={network: /n/net.safetensors, body: b/c, hand: h.pth}",
         "regions={person: 0.5, limbs: 3, hands: 6, gamma: 1, floor: 0.1}",
         "flow={sampling: uniform, logit_mean: -0.5, logit_std: 2, shift: 2.2255, sigma_min: 0.01, sigma_max: 0.99, \
          weighting: bell}",
         "save={every: 1, keep: 0, dtype: f16}",
         "stages=[{name: a, until: 0.25, learning_rate: 0.5, target_modules: [qkv, 're:x'], sigma: [0.1, 0.9], \
-         resolution: [64, 80], filter: {paths: ['h/*'], captions: [手], min_hands: 1, require_person: true}}, {name: b, until: 30}, {name: c}]",
+         resolution: [64, 80], loss: {reconstruction: 1, pose: 0, count: 0.5}, filter: {paths: ['h/*'], captions: [手], min_hands: 1, require_person: true}}, {name: b, until: 30}, {name: c}]",
         "evaluation={every: 0, num_sigmas: 9}",
         "preview={every: 7, prompts: [一只猫, 'yes'], negative_prompt: '', seeds: [3, 4], steps: 5, size: 16:9, guidance: 1.5}",
     ])

@@ -80,6 +80,37 @@ impl Field for Positive {
     }
 }
 
+/// A number of 0 or more.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NonNegative(f64);
+
+impl NonNegative {
+    /// `None` unless `value` is finite and 0 or more.
+    pub fn new(value: f64) -> Option<Self> {
+        Range::at_least(0.0).contains(value).then_some(Self(value))
+    }
+
+    /// The number.
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl Field for NonNegative {
+    fn kind() -> String {
+        format!("{} {}", f64::kind(), Range::at_least(0.0))
+    }
+    fn schema() -> Json {
+        json!({"type": "number", "minimum": 0})
+    }
+    fn read(node: &Node, at: &At) -> Result<Self> {
+        f64::read(node, at).ok().and_then(Self::new).ok_or_else(|| at.unexpected(node, Self::kind()))
+    }
+    fn write(&self) -> Node {
+        self.0.write()
+    }
+}
+
 /// Which device trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {

@@ -51,6 +51,11 @@ impl NetworkWeights {
         Self { network, path: path.into(), tensors, metadata: BTreeMap::new() }
     }
 
+    /// All tensors by name.
+    pub fn tensors(&self) -> &BTreeMap<String, Tensor> {
+        &self.tensors
+    }
+
     /// The file's metadata.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata

@@ -9,6 +9,11 @@ pub(super) struct Curves {
     pub lr: Vec<(f64, f64)>,
     pub step_s: Vec<(f64, f64)>,
     pub held_out: Vec<(f64, f64)>,
+    /// The terms of the structured loss where it acted.
+    pub pose: Vec<(f64, f64)>,
+    pub count: Vec<(f64, f64)>,
+    /// Samples that the structured loss acted on, and samples in all, over the steps of a run that has one.
+    pub fired: (u64, u64),
 }
 
 impl Curves {
@@ -25,6 +30,14 @@ impl Curves {
                 ("held_out_loss", &mut curves.held_out),
             ] {
                 curve.extend(line[key].as_f64().filter(|v| v.is_finite()).map(|value| (step, value)));
+            }
+            let structured = &line["structured"];
+            for (key, curve) in [("pose", &mut curves.pose), ("count", &mut curves.count)] {
+                curve.extend(structured[key].as_f64().filter(|v| v.is_finite()).map(|value| (step, value)));
+            }
+            if let (Some(fired), Some(samples)) = (structured["fired"].as_u64(), line["samples"].as_u64()) {
+                curves.fired.0 += fired;
+                curves.fired.1 += samples;
             }
         }
         curves

@@ -89,7 +89,7 @@ impl Page {
     }
 
     fn charts(&self, curves: &Curves) -> Vec<Chart> {
-        vec![
+        let mut charts = vec![
             Chart::new("loss", "Loss").with("each step", Style::Faint, curves.loss.clone()).with(
                 "smoothed",
                 Style::Line,
@@ -102,7 +102,14 @@ impl Page {
                 Style::Line,
                 curves::smoothed(&curves.step_s),
             ),
-        ]
+        ];
+        for (id, title, curve) in [("pose", "Pose term", &curves.pose), ("count", "Count term", &curves.count)] {
+            if !curve.is_empty() {
+                let chart = Chart::new(id, title).with("where it acted", Style::Faint, curve.clone());
+                charts.push(chart.with("smoothed", Style::Line, curves::smoothed(curve)));
+            }
+        }
+        charts
     }
 }
 
@@ -111,6 +118,9 @@ fn summary(curves: &Curves) -> String {
     let mut text = String::new();
     if let (Some(first), Some(last)) = (curves.held_out.first(), curves.held_out.last()) {
         let _ = write!(text, " · held-out loss {:.4} → {:.4}", first.1, last.1);
+    }
+    if let (fired, samples @ 1..) = curves.fired {
+        let _ = write!(text, " · pose term on {:.0} % of the samples", 100.0 * fired as f64 / samples as f64);
     }
     if let Some((_, seconds)) = curves::smoothed(curves.step_s.get(1..).unwrap_or_default()).last() {
         let _ = write!(text, " · {seconds:.2} s a step");

@@ -12,6 +12,7 @@ use crate::rng::{Purpose, Stream};
 use crate::train::regions::RegionWeights;
 use crate::train::stages::Timeline;
 use crate::train::step::NoisyBatch;
+use crate::train::structured_setup::Guide;
 use candle_core::{DType, Device, Tensor};
 
 /// What turns cached samples into training batches.
@@ -25,6 +26,8 @@ pub struct Batches {
     weighting: LossWeighting,
     caption_weight: CaptionWeight,
     regions: RegionWeights,
+    /// Draws the targets of the structured loss; none where it is off.
+    guide: Option<Guide>,
 }
 
 /// A batch ready for the network, and what the metrics say of it.
@@ -40,13 +43,15 @@ pub struct TrainBatch {
 }
 
 impl Batches {
-    /// Batches from these caches, with the noise levels and loss weights of the config, and the weights of regions.
+    /// Batches from these caches, with the noise levels and loss weights of the config, the weights of regions, and the
+    /// targets of the structured loss.
     ///
     /// Errors: stages that do not fit the run.
     pub fn new(
         config: &Config,
         samples: CachedSamples,
         regions: RegionWeights,
+        guide: Option<Guide>,
         scheduler: FlowMatchEuler,
     ) -> Result<Self> {
         let sigmas = SigmaSampler::new(&config.flow, scheduler.clone());
@@ -65,6 +70,7 @@ impl Batches {
             weighting: config.flow.weighting,
             caption_weight: CaptionWeight::new(config.data.caption_weight, config.data.caption_dropout),
             regions,
+            guide,
         })
     }
 
@@ -82,6 +88,9 @@ impl Batches {
         let weights = weights.map(|(&s, &dropped)| weighting.at(s) * self.caption_weight.of(dropped)).collect();
         let mut noisy = self.mix(&batch, &sigmas, weights, |item| (planned.step, item, Purpose::Noise))?;
         noisy.pixel_weights = self.pixel_weights(&batch, planned.step)?;
+        if let Some(guide) = &self.guide {
+            noisy.fired = guide.fired(planned, &batch, &sigmas)?;
+        }
         Ok(TrainBatch {
             noisy,
             captions_dropped: batch.caption_dropped.iter().filter(|&&d| d).count(),

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::io::atomic::{part_path, rename_synced};
 use crate::io::safetensors::{MappedFile, RawTensor, write};
 use crate::io::write_atomic;
+use crate::train::structured::SavedState;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -29,6 +30,9 @@ pub struct State {
     pub base_fingerprint: String,
     /// The resolved config, as YAML.
     pub config: String,
+    /// What the structured loss remembers, where it is on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub structured: Option<SavedState>,
     /// The checksum of each other file of the checkpoint, by name, in hex (BLAKE3). Checkpoints of early versions have none.
     #[serde(default)]
     pub files: BTreeMap<String, String>,

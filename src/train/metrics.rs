@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::io::write_atomic;
 use crate::train::batches::TrainBatch;
 use crate::train::step::Loss;
+use crate::train::structured::StructuredLoss;
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -32,8 +33,67 @@ pub struct StepMetrics {
     pub samples: usize,
     /// How many of them were trained without their caption.
     pub captions_dropped: usize,
+    /// What the structured loss did; none in a run without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub structured: Option<StructuredMetrics>,
     /// Seconds that the step took.
     pub step_s: f64,
+}
+
+/// What the structured loss did in one step. Means over the samples on which it acted; left out where it acted on none.
+#[derive(Clone, Debug, Serialize)]
+pub struct StructuredMetrics {
+    /// Samples on which it acted: the step was due, the gate open, someone in the target.
+    pub fired: usize,
+    /// How far the gate was open.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gate: Option<f64>,
+    /// Squared error of these samples, without weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reconstruction: Option<f64>,
+    /// Distance of the pose maps, relative to the target's mass, without weight and scale.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pose: Option<f64>,
+    /// Huber loss of the relative soft counts, without weight and scale.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub count: Option<f64>,
+    /// What the count term counts: `hands`, `limb ends` or `keypoints`.
+    pub counted: &'static str,
+    /// What pose and count added to `loss`, weighted and scaled; a mean over all samples of the step.
+    pub added: f64,
+    /// Norm of the reconstruction's gradient at the network's prediction, in the batches where the loss acted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grad_norm_reconstruction: Option<f64>,
+    /// Norm of the gradient of pose and count together at the prediction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grad_norm_structured: Option<f64>,
+    /// Norm of the pose term's gradient at the pose maps, weighted and scaled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub map_grad_norm_pose: Option<f64>,
+    /// The same of the count term.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub map_grad_norm_count: Option<f64>,
+}
+
+impl StructuredMetrics {
+    /// Of the sums over one or several batches.
+    fn new(sum: &StructuredLoss, counted: &'static str, batches: f64) -> Self {
+        let mean = |value: f64| (sum.fired > 0).then(|| value / sum.fired as f64);
+        let norm = |squares: f64| (sum.fired > 0).then(|| squares.sqrt());
+        Self {
+            fired: sum.fired,
+            gate: mean(sum.gate),
+            reconstruction: mean(sum.reconstruction),
+            pose: mean(sum.pose),
+            count: mean(sum.count),
+            counted,
+            added: sum.added / batches,
+            grad_norm_reconstruction: norm(sum.reconstruction_gradient),
+            grad_norm_structured: norm(sum.structured_gradient),
+            map_grad_norm_pose: norm(sum.pose_gradient_at_maps),
+            map_grad_norm_count: norm(sum.count_gradient_at_maps),
+        }
+    }
 }
 
 /// Sums over the batches of one step.
@@ -47,6 +107,7 @@ pub struct StepTotals {
     first_len: usize,
     captions_dropped: usize,
     epoch: Option<u64>,
+    structured: Option<(StructuredLoss, &'static str)>,
 }
 
 impl StepTotals {
@@ -62,6 +123,10 @@ impl StepTotals {
         self.items.extend(&batch.items);
         self.captions_dropped += batch.captions_dropped;
         self.epoch.get_or_insert(batch.epoch);
+        if let Some(terms) = &loss.structured {
+            let (sum, _) = self.structured.get_or_insert_with(|| (StructuredLoss::default(), terms.counted));
+            sum.accumulate(terms, weight);
+        }
     }
 
     /// Dataset index of each sample so far.
@@ -81,6 +146,7 @@ impl StepTotals {
             sigma_mean: self.sigma / self.items.len() as f64,
             samples: self.items.len(),
             captions_dropped: self.captions_dropped,
+            structured: self.structured.as_ref().map(|(s, counted)| StructuredMetrics::new(s, counted, self.weight)),
             step_s: took.as_secs_f64(),
         }
     }

@@ -20,4 +20,6 @@ pub mod setup;
 pub mod stages;
 pub mod start;
 pub mod step;
+pub mod structured;
+pub mod structured_setup;
 pub mod trainable;

@@ -27,6 +27,8 @@ use crate::train::save::Saver;
 use crate::train::setup::{self, RunData};
 use crate::train::stages::Course;
 use crate::train::start::Start;
+use crate::train::structured::Structured;
+use crate::train::structured_setup;
 use crate::train::trainable::Trainable;
 use std::io::Write;
 use std::sync::Arc;
@@ -43,6 +45,8 @@ pub struct Run {
     pub course: Course,
     /// Makes batches from the caches.
     pub batches: Arc<Batches>,
+    /// The structured loss; none where it is off.
+    pub structured: Option<Structured>,
     /// The batches of the steps to come, in order.
     pub loader: Loader<TrainBatch>,
     /// What is shown, measured and written.
@@ -75,6 +79,7 @@ impl Run {
             return Ok(Prepared::Nothing(Outcome::AlreadyFinished { dir, step: state.step }));
         }
         setup::check_networks(&pipeline)?;
+        let networks = structured_setup::load(config, &pipeline)?;
         let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
         let course = Course::new(config, &transformer, &data.plans)?;
         let dry_run = DryRun::new(config, &data, &course, &transformer)?;
@@ -98,6 +103,13 @@ impl Run {
         };
         let (samples, cached) = fill_caches(&config.cache_dir(), &request)?;
         progress.cached(&cached);
+        let prepared = match networks {
+            Some(n) => structured_setup::look(n, config, &pipeline, &data.dataset, &samples, options.quiet)?,
+            None => structured_setup::Prepared::default(),
+        };
+        progress.filled("pose maps", prepared.filled.as_ref());
+        progress.notes(&prepared.notes);
+        let (mut structured, guide) = prepared.loss.unzip();
 
         let (mut model, trainable) = setup::load_network(config, &pipeline, &start, &compute.device)?;
         // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
@@ -111,6 +123,9 @@ impl Run {
         let first_step = match start {
             Start::From(checkpoint) => {
                 optimizer.load_state(&trainable.parameters(), checkpoint.optimizer)?;
+                if let (Some(structured), Some(saved)) = (&mut structured, &checkpoint.state.structured) {
+                    structured.restore(saved)?;
+                }
                 checkpoint.state.step
             }
             Start::Fresh | Start::Finished(_) => 0,
@@ -118,7 +133,7 @@ impl Run {
 
         let scheduler = FlowMatchEuler::from_file(&pipeline.scheduler)?;
         let regions = RegionWeights::new(config, data.boxes)?;
-        let batches = Arc::new(Batches::new(config, samples, regions, scheduler)?);
+        let batches = Arc::new(Batches::new(config, samples, regions, guide, scheduler)?);
         let held_out = HeldOut::new(data.plan.held_out_batches(), config.evaluation.num_sigmas);
         let metrics = MetricsFile::open(&dir.metrics(), first_step)?;
         let saver = Saver::new(config, &dir, &pipeline, setup::provenance(config, &dataset_hash, &base_fingerprint));
@@ -154,7 +169,7 @@ impl Run {
             previews,
             saver,
         };
-        Ok(Prepared::Ready(Box::new(Self { model, trainable, optimizer, course, batches, loader, record })))
+        Ok(Prepared::Ready(Box::new(Self { model, trainable, optimizer, course, batches, structured, loader, record })))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere.
 
+use crate::cache::Filled;
 use crate::cache::encode::CacheReport;
 use crate::progress::tell;
 use crate::train::metrics::{HeldOutMetrics, StepMetrics};
@@ -55,13 +56,15 @@ impl Progress {
 
     /// What the caches gave.
     pub fn cached(&self, report: &CacheReport) {
-        if self.quiet {
-            return;
-        }
-        for (what, filled) in [("prompt embeddings", &report.prompts), ("latents", &report.latents)] {
-            tell(format_args!("{what}: {} computed, {} from the cache", filled.computed, filled.reused));
-            filled.notices.iter().for_each(|note| tell(format_args!("note: {note}")));
-        }
+        self.filled("prompt embeddings", Some(&report.prompts));
+        self.filled("latents", Some(&report.latents));
+    }
+
+    /// What one of the caches gave, if it was needed.
+    pub fn filled(&self, what: &str, filled: Option<&Filled>) {
+        let Some(filled) = filled.filter(|_| !self.quiet) else { return };
+        tell(format_args!("{what}: {} computed, {} from the cache", filled.computed, filled.reused));
+        filled.notices.iter().for_each(|note| tell(format_args!("note: {note}")));
     }
 
     /// The first step is about to run.

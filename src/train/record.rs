@@ -15,6 +15,7 @@ use crate::train::progress::Progress;
 use crate::train::run_dir::{Found, RunDir};
 use crate::train::save::Saver;
 use crate::train::stages::Stage;
+use crate::train::structured::Structured;
 use crate::train::trainable::Trainable;
 use std::ops::Range;
 use std::sync::Arc;
@@ -106,8 +107,12 @@ impl Record {
         trainable: &Trainable,
         optimizer: &AdamW,
         params: &[Parameter],
+        structured: Option<&Structured>,
     ) -> Result<()> {
-        if self.saves(done, stop) { self.saver.save(done, trainable, optimizer, params) } else { Ok(()) }
+        if !self.saves(done, stop) {
+            return Ok(());
+        }
+        self.saver.save(done, trainable, optimizer, params, structured.map(Structured::save))
     }
 
     /// Makes pictures after `done` steps, if it is time, and the page anew, if there is something new for it.

@@ -7,7 +7,7 @@ use crate::train::interrupt;
 use crate::train::metrics::StepTotals;
 use crate::train::outcome::Outcome;
 use crate::train::prepare::{Prepared, Run};
-use crate::train::step::forward_backward;
+use crate::train::step::forward_backward_with;
 use std::time::Instant;
 
 /// How a run is started.
@@ -30,7 +30,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         Prepared::Ready(run) => *run,
         Prepared::Nothing(outcome) => return Ok(outcome),
     };
-    let Run { model, trainable, mut optimizer, course, batches, mut loader, mut record, .. } = run;
+    let Run { model, trainable, mut optimizer, course, batches, mut structured, mut loader, mut record, .. } = run;
     let params = trainable.parameters();
     let mut accumulator = Accumulator::new(params.len());
 
@@ -39,10 +39,14 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         let started = Instant::now();
         let stage = course.at(step);
         record.stage(stage, step);
+        if let Some(structured) = &mut structured {
+            structured.set_weights(stage.terms);
+        }
         let mut totals = StepTotals::default();
         for _ in 0..config.training.gradient_accumulation {
             let batch = loader.next().expect("the loader has a batch for every step")?;
-            let (loss, mut gradients) = forward_backward(&model, &batch.noisy, config.training.checkpointing)?;
+            let (loss, mut gradients) =
+                forward_backward_with(&model, &batch.noisy, config.training.checkpointing, structured.as_mut())?;
             record.check_finite("loss", loss.mean, step, &batch.items)?;
             totals.add(&loss, &batch);
             let gradients = stage.freeze(trainable.names(), trainable.take_gradients(&mut gradients));
@@ -58,7 +62,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         record.step(&totals.metrics(stage.name.as_deref(), done, lr, grad_norm, started.elapsed()))?;
         record.measure_if_due(done, &model, &batches)?;
         let stop = interrupt::requested();
-        record.save_if_due(done, stop, &trainable, &optimizer, &params)?;
+        record.save_if_due(done, stop, &trainable, &optimizer, &params, structured.as_ref())?;
         record.show_if_due(done, stop, &model);
         record.stop_if_asked(done, stop)?;
     }

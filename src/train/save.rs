@@ -9,6 +9,7 @@ use crate::model::source::PipelineFolder;
 use crate::optim::{AdamW, Parameter};
 use crate::train::checkpoint::{Checkpoint, FORMAT, State, Weights};
 use crate::train::run_dir::RunDir;
+use crate::train::structured::SavedState;
 use crate::train::trainable::Trainable;
 use candle_core::DType;
 use std::collections::BTreeMap;
@@ -53,7 +54,14 @@ impl Saver {
     ///
     /// In this order a run that is killed in between goes on from an older checkpoint and exports again; in the other
     /// one the last checkpoint could say that the run is finished, with an export that is missing or older.
-    pub fn save(&self, step: u64, trainable: &Trainable, optimizer: &AdamW, params: &[Parameter]) -> Result<()> {
+    pub fn save(
+        &self,
+        step: u64,
+        trainable: &Trainable,
+        optimizer: &AdamW,
+        params: &[Parameter],
+        structured: Option<SavedState>,
+    ) -> Result<()> {
         let weights = match self.mode {
             TrainingMode::Lora => Weights::Adapter(trainable.adapter()),
             TrainingMode::Full => Weights::Full(params.iter().map(|p| (p.name.clone(), p.tensor.clone())).collect()),
@@ -68,6 +76,7 @@ impl Saver {
                 dataset_hash: self.provenance.dataset_hash.clone(),
                 base_fingerprint: self.provenance.base_fingerprint.clone(),
                 config: self.config.clone(),
+                structured,
                 files: BTreeMap::new(),
                 checksum: String::new(),
             },

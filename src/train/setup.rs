@@ -8,12 +8,13 @@ use crate::data::{
     Buckets, Counts, Dataset, Item, LeftOut, Plan, PlanSettings, Sample, Selection, Size, filter, place,
 };
 use crate::error::{Error, Result};
+use crate::io::hub::HubOptions;
 use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::VaeConfig;
-use crate::pose::PoseNetwork;
-use crate::pose::posenet::PoseNet;
+use crate::pose::{PoseNetwork, PoseSpec};
+use crate::progress::tell;
 use crate::train::checkpoint::Weights;
 use crate::train::people::{self, People};
 use crate::train::regions::{self, Boxes};
@@ -92,9 +93,16 @@ impl RunData {
     }
 }
 
-/// The network that finds people in the images.
-pub fn pose_network(_: &Config) -> Result<Box<dyn PoseNetwork>> {
-    Ok(Box::new(PoseNet::embedded()?))
+/// The pose network of the config's `pose:`. The licence of weights that have a strict one is told once.
+///
+/// Errors (usage): no such network; weights of another network.
+pub fn pose_network(config: &Config) -> Result<Box<dyn PoseNetwork>> {
+    static TOLD: std::sync::Once = std::sync::Once::new();
+    let mut hub = HubOptions::from_env();
+    hub.offline |= config.model.offline;
+    let pose = &config.pose;
+    let spec = PoseSpec { network: pose.network.clone(), body: pose.body.clone(), hand: pose.hand.clone() };
+    spec.load(hub, &mut |notice| TOLD.call_once(|| tell(format_args!("note: {notice}"))))
 }
 
 /// The config's `model:` as the loader wants it.

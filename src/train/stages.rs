@@ -6,7 +6,8 @@ use crate::config::{Config, TrainingMode};
 use crate::data::{Plan, Sample};
 use crate::error::{Error, Result};
 use crate::model::transformer::TransformerConfig;
-use crate::train::setup;
+use crate::train::structured::TermWeights;
+use crate::train::{setup, structured_setup};
 use candle_core::Tensor;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -57,6 +58,8 @@ pub struct Stage {
     pub steps: Range<u64>,
     /// Factor on the learning rate.
     pub learning_rate: f64,
+    /// Shares of the terms of the loss.
+    pub terms: TermWeights,
     /// The modules that go on learning; none: everything that the run trains.
     modules: Option<BTreeSet<String>>,
     /// What is special about it, in words.
@@ -76,7 +79,8 @@ impl Course {
         let spans = config.stages.spans(max_steps)?;
         if spans.is_empty() {
             let steps = 0..max_steps as u64;
-            let whole = Stage { name: None, steps, learning_rate: 1.0, modules: None, facts: Vec::new() };
+            let terms = structured_setup::term_weights(config);
+            let whole = Stage { name: None, steps, learning_rate: 1.0, terms, modules: None, facts: Vec::new() };
             return Ok(Self(vec![whole]));
         }
         let all = transformer.modules();
@@ -129,7 +133,15 @@ impl Course {
                 let (min, max) = sigma.get();
                 facts.push(format!("noise levels {min} to {max}"));
             }
-            Ok(Stage { name: Some(stage.name.clone()), steps, learning_rate: stage.learning_rate, modules, facts })
+            let terms = structured_setup::stage_weights(config, stage);
+            if terms != structured_setup::term_weights(config) {
+                // Products of two decimals are no round numbers.
+                let [reconstruction, pose, count] =
+                    [terms.reconstruction, terms.pose, terms.count].map(|share| (share * 1e4).round() / 1e4);
+                facts.push(format!("loss {reconstruction} reconstruction + {pose} pose + {count} count"));
+            }
+            let (name, learning_rate) = (Some(stage.name.clone()), stage.learning_rate);
+            Ok(Stage { name, steps, learning_rate, terms, modules, facts })
         };
         Ok(Self(spans.into_iter().enumerate().map(stage).collect::<Result<_>>()?))
     }

@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::kernels::cpu::{self, view};
 use crate::kernels::{Gradients, backward, no_grad};
 use crate::model::transformer::{Checkpointing, ImageShape, Inputs, QwenImageTransformer};
+use crate::train::structured::{Fired, Structured, StructuredLoss};
 use candle_core::{DType, Device, Tensor};
 
 /// A micro-batch whose noise has been drawn. All tensors are f32 on the CPU.
@@ -25,6 +26,8 @@ pub struct NoisyBatch {
     pub pixel_weights: Option<Tensor>,
     /// The one target image, in latent patches.
     pub image_shapes: Vec<ImageShape>,
+    /// For each sample what the structured loss acts on; empty without one.
+    pub fired: Vec<Option<Fired>>,
 }
 
 impl NoisyBatch {
@@ -45,7 +48,17 @@ impl NoisyBatch {
         let target = (0..x0.len()).map(|i| eps[i] - x0[i]).collect();
         let tensor = |values| cpu::from_f32(values, latents.shape(), DType::F32);
         let (noisy, target) = (tensor(noisy)?, tensor(target)?);
-        Ok(Self { noisy, target, prompt_embeds, text_lengths, sigmas, weights, pixel_weights: None, image_shapes })
+        Ok(Self {
+            noisy,
+            target,
+            prompt_embeds,
+            text_lengths,
+            sigmas,
+            weights,
+            pixel_weights: None,
+            image_shapes,
+            fired: Vec::new(),
+        })
     }
 
     fn inputs(&self) -> Inputs<'_> {
@@ -62,10 +75,12 @@ impl NoisyBatch {
 
 /// The loss of a micro-batch.
 pub struct Loss {
-    /// Mean over samples of weight times mean squared error.
+    /// Mean over samples of weight times mean squared error; with the terms of the structured loss where they acted.
     pub mean: f64,
     /// Mean squared error of each sample, weighted by its pixels only.
     pub per_sample: Vec<f64>,
+    /// The terms of the structured loss; none where it is off.
+    pub structured: Option<StructuredLoss>,
 }
 
 /// The loss and its gradients with respect to every leaf of the network.
@@ -74,23 +89,55 @@ pub fn forward_backward(
     batch: &NoisyBatch,
     checkpointing: Checkpointing,
 ) -> Result<(Loss, Gradients)> {
-    forward_backward_observed(model, batch, checkpointing, &mut |_| Ok(()))
+    forward_backward_with(model, batch, checkpointing, None)
 }
 
-/// [`forward_backward`], calling `reached` after each of `forward`, `loss` and `backward`.
+/// [`forward_backward`] with the structured loss, if there is one, on the samples of `batch.fired`.
+pub fn forward_backward_with(
+    model: &QwenImageTransformer,
+    batch: &NoisyBatch,
+    checkpointing: Checkpointing,
+    structured: Option<&mut Structured>,
+) -> Result<(Loss, Gradients)> {
+    forward_backward_observed(model, batch, checkpointing, structured, &mut |_| Ok(()))
+}
+
+/// [`forward_backward_with`], calling `reached` after each of `forward`, `loss` and `backward`.
 pub fn forward_backward_observed(
     model: &QwenImageTransformer,
     batch: &NoisyBatch,
     checkpointing: Checkpointing,
+    structured: Option<&mut Structured>,
     reached: &mut dyn FnMut(&'static str) -> Result<()>,
 ) -> Result<(Loss, Gradients)> {
     let prediction = model.forward(batch.inputs(), checkpointing)?;
     reached("forward")?;
-    let (loss, seed) = flow_matching_loss(prediction.tensor(), batch)?;
+    let (loss, seed) = loss_and_seed(prediction.tensor(), batch, structured)?;
     reached("loss")?;
     let gradients = backward(vec![(prediction, seed)])?;
     reached("backward")?;
     Ok((loss, gradients))
+}
+
+/// The whole loss, and its gradient in the dtype and on the device of the prediction. Both are computed on the CPU: a
+/// prediction is small, and its loss is read there in any case.
+pub(super) fn loss_and_seed(
+    prediction: &Tensor,
+    batch: &NoisyBatch,
+    structured: Option<&mut Structured>,
+) -> Result<(Loss, Tensor)> {
+    let on_host = prediction.to_device(&Device::Cpu)?;
+    let fired = |b: usize| batch.fired.get(b).and_then(Option::as_ref);
+    let (mut loss, mut seed) = match &structured {
+        Some(structured) => flow_matching_loss(&on_host, batch, |b| structured.reconstruction_factor(fired(b)))?,
+        None => flow_matching_loss(&on_host, batch, |_| 1.0)?,
+    };
+    if let Some(structured) = structured {
+        let terms = structured.add(&on_host, batch, &loss.per_sample, &mut seed)?;
+        loss.mean += terms.added;
+        loss.structured = Some(terms);
+    }
+    Ok((loss, cpu::from_f32(seed, prediction.shape(), prediction.dtype())?.to_device(prediction.device())?))
 }
 
 /// The prediction, packed as `noisy`, on the CPU, without gradients.
@@ -100,21 +147,26 @@ pub fn predict(model: &QwenImageTransformer, batch: &NoisyBatch) -> Result<Tenso
 
 /// The loss alone.
 pub fn evaluate(model: &QwenImageTransformer, batch: &NoisyBatch) -> Result<Loss> {
-    Ok(flow_matching_loss(&predict(model, batch)?, batch)?.0)
+    Ok(flow_matching_loss(&predict(model, batch)?, batch, |_| 1.0)?.0)
 }
 
-/// Weighted mean squared error against the target, summed in f64, and its gradient in the dtype and on the device of the
-/// prediction. Both are computed on the CPU: a prediction is small, and its loss is read there in any case.
-fn flow_matching_loss(prediction: &Tensor, batch: &NoisyBatch) -> Result<(Loss, Tensor)> {
-    let on_host = prediction.to_device(&Device::Cpu)?;
-    let (p, t) = (view(&on_host)?, view(&batch.target)?);
+/// Weighted mean squared error of a prediction on the CPU against the target, summed in f64, and its gradient with respect
+/// to the prediction. `share` is a further weight of each sample: that of the reconstruction in the structured loss.
+fn flow_matching_loss(
+    prediction: &Tensor,
+    batch: &NoisyBatch,
+    share: impl Fn(usize) -> f64,
+) -> Result<(Loss, Vec<f32>)> {
+    let (p, t) = (view(prediction)?, view(&batch.target)?);
     let samples = batch.weights.len();
     let n = p.len() / samples;
     let pixel_weights = batch.pixel_weights.as_ref().map(view).transpose()?;
     let channels = batch.noisy.dim(2)?;
     let mut seed = cpu::uninit(p.len());
     let mut per_sample = Vec::with_capacity(samples);
-    for (b, &weight) in batch.weights.iter().enumerate() {
+    // A share of 1 changes no bit of its sample.
+    let weights: Vec<f64> = batch.weights.iter().enumerate().map(|(b, weight)| weight * share(b)).collect();
+    for (b, &weight) in weights.iter().enumerate() {
         let range = b * n..(b + 1) * n;
         let factor = (2.0 * weight / (n * samples) as f64) as f32;
         let mut sum = 0f64;
@@ -139,10 +191,9 @@ fn flow_matching_loss(prediction: &Tensor, batch: &NoisyBatch) -> Result<(Loss, 
         }
         per_sample.push(sum / n as f64);
     }
-    let mean = per_sample.iter().zip(&batch.weights).map(|(l, w)| l * w).sum::<f64>() / samples as f64;
+    let mean = per_sample.iter().zip(&weights).map(|(l, w)| l * w).sum::<f64>() / samples as f64;
     drop((p, t, pixel_weights));
-    let seed = cpu::from_f32(seed, prediction.shape(), prediction.dtype())?.to_device(prediction.device())?;
-    Ok((Loss { mean, per_sample }, seed))
+    Ok((Loss { mean, per_sample, structured: None }, seed))
 }
 
 #[cfg(test)]
@@ -177,7 +228,7 @@ mod tests {
     #[test]
     fn the_gradient_is_the_weighted_one() {
         let (batch, prediction, pixels) = weighted();
-        let (loss, seed) = flow_matching_loss(&prediction, &batch).unwrap();
+        let (loss, seed) = loss_and_seed(&prediction, &batch, None).unwrap();
         let (b, c, h, w) = SHAPE;
         let error = ((normals(3, SHAPE) - normals(1, SHAPE)).unwrap() + normals(0, SHAPE)).unwrap();
         let sample = Tensor::new(&[1.5f32, 0.5, 1.0], &Device::Cpu).unwrap().reshape((b, 1, 1, 1)).unwrap();
@@ -195,7 +246,7 @@ mod tests {
             let mut moved = prediction.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             moved[at] += step;
             let moved = Tensor::from_vec(moved, prediction.shape(), &Device::Cpu).unwrap();
-            flow_matching_loss(&moved, &batch).unwrap().0.mean
+            loss_and_seed(&moved, &batch, None).unwrap().0.mean
         };
         let slope = loss_with(0.5) - loss_with(-0.5);
         let gradient = f64::from(seed.flatten_all().unwrap().to_vec1::<f32>().unwrap()[at]);
@@ -205,7 +256,7 @@ mod tests {
     #[test]
     fn a_weighted_batch_is_its_samples_one_by_one_and_weights_of_one_are_none() {
         let (mut batch, prediction, _) = weighted();
-        let (loss, seed) = flow_matching_loss(&prediction, &batch).unwrap();
+        let (loss, seed) = loss_and_seed(&prediction, &batch, None).unwrap();
         for i in 0..3 {
             let one = |t: &Tensor| t.narrow(0, i, 1).unwrap().contiguous().unwrap();
             let single = NoisyBatch {
@@ -217,16 +268,17 @@ mod tests {
                 weights: vec![batch.weights[i]],
                 pixel_weights: batch.pixel_weights.as_ref().map(one),
                 image_shapes: batch.image_shapes.clone(),
+                fired: Vec::new(),
             };
-            let (alone, gradient) = flow_matching_loss(&one(&prediction), &single).unwrap();
+            let (alone, gradient) = loss_and_seed(&one(&prediction), &single, None).unwrap();
             assert_eq!(alone.per_sample[0], loss.per_sample[i]);
             let far = ((gradient / 3.0).unwrap() - one(&seed)).unwrap().abs().unwrap().max_all().unwrap();
             assert!(far.to_scalar::<f32>().unwrap() < 1e-8, "{far}");
         }
         let bits = |(loss, seed): (Loss, Tensor)| (loss.mean, seed.flatten_all().unwrap().to_vec1::<f32>().unwrap());
         batch.pixel_weights = batch.pixel_weights.as_ref().map(|w| w.ones_like().unwrap());
-        let ones = bits(flow_matching_loss(&prediction, &batch).unwrap());
+        let ones = bits(loss_and_seed(&prediction, &batch, None).unwrap());
         batch.pixel_weights = None;
-        assert!(ones == bits(flow_matching_loss(&prediction, &batch).unwrap()));
+        assert!(ones == bits(loss_and_seed(&prediction, &batch, None).unwrap()));
     }
 }

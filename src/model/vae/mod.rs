@@ -5,6 +5,7 @@
 
 mod blocks;
 mod config;
+pub mod crop;
 mod decoder;
 mod encoder;
 pub mod latents;
@@ -12,8 +13,10 @@ pub mod tiling;
 pub mod tiny;
 
 pub use config::VaeConfig;
+pub use crop::CropDecoder;
 pub use latents::{Posterior, pack, unpack};
 pub use tiling::Tiling;
+pub use tiny::TinyDecoder;
 
 use crate::error::{Error, Result};
 use crate::io::Weights;

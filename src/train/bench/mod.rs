@@ -3,6 +3,7 @@
 //!
 //! On a GPU the noise is drawn before the clock starts, as a run's loader draws it beside the step before.
 
+mod guided;
 mod process;
 mod rate;
 
@@ -15,6 +16,8 @@ use crate::rng::{Purpose, Stream};
 use crate::train::step::{NoisyBatch, forward_backward_observed};
 use crate::train::trainable::Trainable;
 use candle_core::{DType, Device, Tensor};
+pub use guided::Guided;
+use guided::GuidedReport;
 use process::{peak_rss_mib, since_process_start};
 use rate::{StepFlops, matmul_peak};
 use serde::Serialize;
@@ -77,6 +80,9 @@ pub struct BenchReport {
     gemm_share: f64,
     loss_first: f64,
     loss_last: f64,
+    /// The structured loss, if it was timed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    structured: Option<GuidedReport>,
 }
 
 /// Times the parts of steps, each up to the moment when the device is done with it.
@@ -107,10 +113,16 @@ fn median(times: &[f64]) -> f64 {
     (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
 }
 
-/// Runs warm-up and timed steps on the model's device; `done` is called with each step's number and time.
+/// Runs warm-up and timed steps on the model's device, with the structured loss if there is one; `done` is called with each
+/// step's number and time.
 ///
 /// Errors: targets that match nothing, a loss that is not finite.
-pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMut(usize, f64)) -> Result<BenchReport> {
+pub fn bench(
+    mut model: QwenImageTransformer,
+    shape: &Shape,
+    mut guided: Option<Guided>,
+    mut done: impl FnMut(usize, f64),
+) -> Result<BenchReport> {
     let config = model.config().clone();
     let entry = |pattern: &String| TargetEntry { pattern: pattern.clone(), rank: None, alpha: None };
     let entries: Vec<_> = shape.targets.iter().map(entry).collect();
@@ -134,6 +146,9 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
         text_lengths[shape.batch - 1] = (shape.text_tokens * 3 / 4).max(1);
     }
 
+    let crops = guided.as_ref().map(|g| g.targets(&latents, shape.grid)).transpose()?;
+    let mut fired = Vec::new();
+
     let start_to_first_step_s = since_process_start().as_secs_f64();
     let device = model.device().clone();
     let gpu = GpuMemory::watch(&device)?;
@@ -149,10 +164,17 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
         let noise = drawn.map_or_else(draw, Ok)?;
         let weights = vec![1.0; shape.batch];
         let shapes = vec![(1, shape.grid.0, shape.grid.1)];
-        let batch = NoisyBatch::mix(&latents, &noise, text.clone(), text_lengths.clone(), sigmas, weights, shapes)?;
+        let mut batch = NoisyBatch::mix(&latents, &noise, text.clone(), text_lengths.clone(), sigmas, weights, shapes)?;
+        if let (Some(guided), Some(crops)) = (&guided, &crops) {
+            batch.fired = guided.fired(step, &batch.sigmas, crops);
+        }
+        fired.push(batch.fired.iter().flatten().count());
         clock.reached("noising")?;
+        let structured = guided.as_mut().map(|guided| &mut guided.loss);
         let (loss, mut gradients) =
-            forward_backward_observed(&model, &batch, shape.checkpointing, &mut |part| clock.reached(part))?;
+            forward_backward_observed(&model, &batch, shape.checkpointing, structured, &mut |part| {
+                clock.reached(part)
+            })?;
         let mut gradients = trainable.take_gradients(&mut gradients);
         let norm = clip_grad_norm(&mut gradients, 1.0)?;
         clock.reached("clipping")?;
@@ -204,6 +226,7 @@ pub fn bench(mut model: QwenImageTransformer, shape: &Shape, mut done: impl FnMu
         gemm_share: flops.computed / step_s / peak,
         loss_first: losses[0],
         loss_last: losses[losses.len() - 1],
+        structured: guided.map(|guided| guided.report(shape.batch, timed, &fired[shape.warmup..])),
     })
 }
 
