@@ -61,6 +61,57 @@ fn diffusers_does_with_every_recorded_file_what_is_predicted() {
     }
 }
 
+/// What diffusers 0.42.1 really does with adapters whose alpha over rank is 2, row by row, and what `inspect` says. The
+/// files mean scale 2; those that do not say so are told with `--alpha`.
+#[test]
+fn the_table_of_what_diffusers_does_is_what_inspect_prints() {
+    let base = fixture("case_a/pipe");
+    // What, files, `--alpha`; verdict, strength, a word of the note.
+    type Row = (&'static str, &'static [&'static str], Option<&'static str>, &'static str, &'static str, &'static str);
+    let rows: [Row; 7] = [
+        ("diffusers keys, metadata", &["transformer_ab_metadata"], None, "loads", "as meant", ""),
+        ("the same without metadata", &["transformer_ab"], Some("8"), "loads", "x 0.5", "alpha is not seen"),
+        ("scale folded into B", &["transformer_ab_folded"], None, "loads", "as meant", ""),
+        (
+            "diffusers keys with alpha keys",
+            &["transformer_ab_alpha", "transformer_downup_alpha"],
+            None,
+            "fails",
+            "-",
+            "an error",
+        ),
+        (
+            "alpha keys under other prefixes or none",
+            &[
+                "diffusion_model_ab_alpha",
+                "diffusion_model_downup_alpha",
+                "lora_unet_downup_alpha",
+                "bare_ab_alpha",
+                "bare_downup_alpha",
+            ],
+            None,
+            "loads",
+            "as meant",
+            "",
+        ),
+        ("no prefix or PEFT's, no alpha", &["bare_ab", "peft_ab"], Some("8"), "loads nothing", "-", "a warning"),
+        ("alpha keys and metadata", &["diffusion_model_ab_alpha_metadata"], None, "loads", "x 2", "more than once"),
+    ];
+    for (row, files, alpha, verdict, strength, note) in rows {
+        for name in files {
+            let path = recorded(&format!("{name}.safetensors"));
+            let mut args = vec!["inspect", path.to_str().unwrap(), "--base", base.to_str().unwrap()];
+            args.extend(alpha.iter().flat_map(|a| ["--alpha", a]));
+            let out = run_ok(args);
+            let line = out.lines().find(|l| l.trim_start().starts_with("diffusers ")).unwrap();
+            let line = line.trim_start().strip_prefix("diffusers").unwrap().trim_start();
+            let rest = line.strip_prefix(verdict).unwrap_or_else(|| panic!("{row}, {name}: {line}")).trim_start();
+            let rest = rest.strip_prefix(strength).unwrap_or_else(|| panic!("{row}, {name}: {line}")).trim();
+            assert!(rest.contains(note) && rest.is_empty() == note.is_empty(), "{row}, {name}: {line}");
+        }
+    }
+}
+
 #[test]
 fn other_tools_are_predicted_by_their_rules() {
     let of = |name: &str, alpha| {
@@ -93,6 +144,15 @@ fn other_tools_are_predicted_by_their_rules() {
         assert_eq!(tools["DiffSynth-Studio"], diffsynth, "{name}");
         assert_eq!(tools["musubi-tuner"], musubi, "{name}");
     }
+}
+
+#[test]
+fn a_whole_model_is_told_in_a_few_lines() {
+    let path = fixture("case_a/pipe/transformer/diffusion_pytorch_model.safetensors");
+    let out = run_ok(["inspect", path.to_str().unwrap()]);
+    assert!(out.contains("error: these are the weights of a whole model, not an adapter [no_adapter]"), "{out}");
+    assert!(out.lines().count() < 15 && out.contains("more of this kind") && !out.contains("ComfyUI"), "{out}");
+    assert_eq!(run(["inspect", path.to_str().unwrap(), "--strict"]).0, 1);
 }
 
 fn inspect_json(path: &Path, base: &Path) -> Value {

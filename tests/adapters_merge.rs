@@ -2,7 +2,7 @@
 
 mod adapters_common;
 
-use adapters_common::{deltas, fixture, floats, normals, options, run, run_ok, table, worst};
+use adapters_common::{contents, copy_tree, deltas, fixture, floats, normals, options, run, run_ok, table, worst};
 use qwen_lora::adapters::merge::{Base, OutputForm, Weighted};
 use qwen_lora::adapters::read::{AdapterFile, Component, ReadOptions};
 use qwen_lora::error::Kind;
@@ -79,27 +79,108 @@ fn a_pipeline_comes_out_as_a_pipeline_with_the_merged_weights() {
         let files: Vec<&MappedFile> = merged.files().iter().collect();
         assert!(worst_rounding(&files, &by_hand(case), f64::from(f32::EPSILON)) <= 1.0);
         // Same files, the same index, everything else as it was.
-        let names = |root: &Path| {
-            let mut names: Vec<String> =
-                walk(root).into_iter().map(|p| p.strip_prefix(root).unwrap().display().to_string()).collect();
-            names.sort();
-            names
-        };
-        assert_eq!(names(&out), names(&pipe));
-        for file in walk(&pipe) {
-            let same =
-                std::fs::read(&file).unwrap() == std::fs::read(out.join(file.strip_prefix(&pipe).unwrap())).unwrap();
-            let weights = file.parent().unwrap().ends_with("transformer") && file.extension().unwrap() == "safetensors";
+        let (before, after) = (contents(&pipe), contents(&out));
+        assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+        for (name, bytes) in before {
+            let weights = name.starts_with("transformer") && name.extension().unwrap() == "safetensors";
             // Every shard of these cases holds a weight that changes.
-            assert_eq!(same, !weights, "{}", file.display());
+            assert_eq!(bytes == after[&name], !weights, "{}", name.display());
         }
         assert!(!dir.path().join(format!(".{case}.part")).exists());
     }
 }
 
-fn walk(root: &Path) -> Vec<std::path::PathBuf> {
-    let entries = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path());
-    entries.flat_map(|p| if p.is_dir() { walk(&p) } else { vec![p] }).collect()
+#[test]
+fn untouched_parts_are_hard_links_and_a_transformers_folder_is_a_base_too() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let pipe = dir.path().join("pipe");
+    copy_tree(&fixture("case_b/pipe"), &pipe);
+    let before = contents(&pipe);
+    let lora = |name: &str| fixture("case_b/lora").join(name).to_str().unwrap().to_string();
+    let (one, two) = (lora("kohya_lora_unet.safetensors"), lora("comfy_diffusion_model_AB_alpha.safetensors"));
+    let merge = |base: &str, out: &str| {
+        run_ok(["merge", base, &one, &two, "--weights", "-0.3,0.8", "--out", out]);
+        contents(Path::new(out))
+    };
+    let merged = merge(pipe.to_str().unwrap(), &path("merged"));
+    let inode = |root: &Path, name: &Path| std::fs::metadata(root.join(name)).unwrap().ino();
+    let mut linked = 0;
+    for name in before.keys() {
+        let same = inode(&pipe, name) == inode(&dir.path().join("merged"), name);
+        let written = name.starts_with("transformer") && name.to_string_lossy().contains("safetensors");
+        assert_eq!(same, !written, "{}", name.display());
+        linked += usize::from(same);
+    }
+    assert!(linked > 8);
+    assert_eq!(contents(&pipe), before, "the base is as it was");
+    // The same weights from the transformer's folder alone.
+    let alone = merge(pipe.join("transformer").to_str().unwrap(), &path("transformer"));
+    assert_eq!(alone.len(), 6);
+    alone.iter().for_each(|(name, bytes)| assert_eq!(*bytes, merged[&Path::new("transformer").join(name)]));
+    // Both files hold one adapter, so that half of it is left.
+    let half = path("half");
+    run_ok(["merge", pipe.to_str().unwrap(), &one, "--weights", "0.5", "--out", &half]);
+    let shard = "transformer/diffusion_pytorch_model-00001-of-00004.safetensors";
+    let (a, b) =
+        (MappedFile::open(&dir.path().join("merged").join(shard)), MappedFile::open(&Path::new(&half).join(shard)));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    for name in a.names() {
+        let (a, b) = (a.floats(&name).unwrap(), b.floats(&name).unwrap());
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-6), "{name}");
+    }
+}
+
+#[test]
+fn five_spellings_merge_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = fixture("case_a/pipe").to_str().unwrap().to_string();
+    let merge = |name: &str, more: &[&str]| {
+        let adapter = fixture("case_a/lora").join(format!("{name}.safetensors"));
+        let out = dir.path().join(format!("{name}{}.safetensors", more.len()));
+        let args = ["merge", &pipe, adapter.to_str().unwrap(), "--single-file", "--out", out.to_str().unwrap()];
+        let (code, _, err) = run([&args[..], more].concat());
+        assert_eq!(code, 0, "{err}");
+        (std::fs::read(out).unwrap(), err)
+    };
+    let (want, _) = merge("diffusers_with_metadata", &[]);
+    for name in ["diffusers_minimal_metadata", "kohya_lora_unet", "comfy_diffusion_model_AB_alpha"] {
+        let (got, err) = merge(name, &[]);
+        assert!(got == want && !err.contains("warning"), "{name}: {err}");
+    }
+    let (weaker, err) = merge("diffusers_no_metadata", &[]);
+    assert!(weaker != want && err.contains("no alpha is stored") && err.contains("`--alpha`"), "{err}");
+    let (given, err) = merge("diffusers_no_metadata", &["--alpha", "8"]);
+    assert!(given == want && !err.contains("warning"), "{err}");
+}
+
+#[test]
+fn keys_that_cannot_be_used_stop_a_merge_unless_they_may_be_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let pipe = fixture("case_a/pipe").to_str().unwrap().to_string();
+    let source = MappedFile::open(&fixture("case_a/lora/kohya_lora_unet.safetensors")).unwrap();
+    let raw = |name: String| {
+        let (dtype, shape) = source.info(&name).unwrap();
+        let bytes = source.bytes(&name).unwrap().to_vec();
+        // One module is misspelt, another has lost its B.
+        let name = name.replace("blocks_0_attn_to_q.", "blocks_0_attn_to_qq.");
+        RawTensor { dtype, shape: shape.to_vec(), bytes, name }
+    };
+    let kept = |t: &RawTensor| t.name != "lora_unet_transformer_blocks_1_attn_to_k.lora_up.weight";
+    let adapter = path("odd.safetensors");
+    write(Path::new(&adapter), source.names().into_iter().map(raw).filter(kept).collect(), &BTreeMap::new()).unwrap();
+    let merge =
+        |more: &[&str], out: &str| run([&["merge", &pipe, &adapter, "--single-file", "--out", out][..], more].concat());
+    let (code, _, err) = merge(&[], &path("no.safetensors"));
+    assert!(code == 2 && err.contains("4 keys of"), "{err}");
+    assert!(err.contains("attn_to_qq.alpha` names no module") && err.contains("the nearest is"), "{err}");
+    assert!(err.contains("has no lora_B beside it") && err.contains("--allow-unmatched"), "{err}");
+    assert!(!Path::new(&path("no.safetensors")).exists());
+    let (code, out, err) = merge(&["--allow-unmatched"], &path("yes.safetensors"));
+    assert!(code == 0 && out.contains("22 weights changed"), "{out}");
+    assert_eq!(err.matches("warning: left out:").count(), 4, "{err}");
 }
 
 #[test]
@@ -299,6 +380,43 @@ fn a_text_encoders_adapter_is_merged_there_or_refused_by_name() {
     let form = OutputForm { single_file: true, ..OutputForm::default() };
     let error = base.merge(&open(), &dir.path().join("one.safetensors"), &form, &|_| ()).unwrap_err().to_string();
     assert!(error.contains("text.safetensors") && error.contains(module), "{error}");
+    // Where nothing holds it, every verb says its name, and leaves it out only when told to and if something is left.
+    let (transformer, text) = (pipe.join("transformer"), path.to_str().unwrap().to_string());
+    let transformer = transformer.to_str().unwrap();
+    let none = dir.path().join("none.safetensors");
+    let none = none.to_str().unwrap();
+    for args in [
+        vec!["merge", transformer, &text, "--out", none],
+        vec!["merge", "--into-adapter", &text, &text, "--out", none],
+        vec!["convert", &text, none, "--to", "diffusers"],
+    ] {
+        let (code, _, err) = run(&args);
+        assert!(code == 2 && err.contains("also adapts the text encoder") && err.contains(module), "{args:?}: {err}");
+        let (code, _, err) = run([&args[..], &["--allow-unmatched"]].concat());
+        assert!(code == 2 && err.contains("also adapts the text encoder"), "nothing would be left: {args:?}: {err}");
+    }
+    assert!(!Path::new(none).exists());
+    let both = dir.path().join("both.safetensors");
+    let name = "transformer.transformer_blocks.0.attn.to_q";
+    let transformer_part = [
+        floats(&format!("{name}.lora_A.weight"), &[2, 48], &normals(1, 96)),
+        floats(&format!("{name}.lora_B.weight"), &[48, 2], &normals(2, 96)),
+    ];
+    let text_part = [factor("lora_A", 2, in_features), factor("lora_B", out_features, 2)];
+    write(&both, transformer_part.into_iter().chain(text_part).collect(), &BTreeMap::new()).unwrap();
+    let both = both.to_str().unwrap();
+    for (i, args) in [
+        vec!["merge", transformer, both],
+        vec!["merge", pipe.to_str().unwrap(), both, "--single-file"],
+        vec!["merge", "--into-adapter", both, both],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = dir.path().join(if i == 0 { "left".to_string() } else { format!("left{i}.safetensors") });
+        let (code, _, err) = run([&args[..], &["--allow-unmatched", "--out", out.to_str().unwrap()]].concat());
+        assert!(code == 0 && err.contains("left out: 1 module of the text encoder"), "{args:?}: {err}");
+    }
 }
 
 #[test]
@@ -364,23 +482,34 @@ fn a_merged_base_runs_as_the_base_with_the_adapters_at_run_time() {
     let weights = "--weights=0.7,-0.4";
     run_ok(["merge", &pipe, &one, &two, weights, "--out", &path("merged")]);
     run_ok(["merge", "--into-adapter", &one, &two, weights, "--out", &path("concat.safetensors")]);
-    let verify = |model: &str, adapter: Option<&str>, name: &str| {
+    run_ok(["merge", &pipe, &path("concat.safetensors"), "--out", &path("concat_merged")]);
+    // The transformer's output for recorded inputs, on its own and with adapters at run time.
+    let verify = |model: &str, adapters: &[&str], name: &str| {
         let output = path(&format!("{name}.out"));
         let mut args = vec!["verify", "--model", model, "--reference", &case, "--output", &output, "--json"];
-        args.extend(adapter.into_iter().flat_map(|a| ["--adapter", a]));
+        args.extend(adapters.iter().flat_map(|a| ["--adapter", a]));
         // The merged model does not reproduce the recorded values of the base: that is the point.
         let (code, _, err) = run(args);
-        assert!(code == 0 || adapter.is_none(), "{err}");
-        MappedFile::open(Path::new(&output)).unwrap()
+        assert!(code == 0 || adapters.is_empty(), "{err}");
+        let file = MappedFile::open(Path::new(&output)).unwrap();
+        let key = if adapters.is_empty() { "tf.b2_mask.output" } else { "adapter.output" };
+        file.floats(key).unwrap()
     };
-    let base = verify(&pipe, Some(&path("concat.safetensors")), "base");
-    let merged = verify(&path("merged"), None, "merged");
-    let (want, got) = (base.floats("adapter.output").unwrap(), merged.floats("tf.b2_mask.output").unwrap());
-    let plain = base.floats("tf.b2_mask.output").unwrap();
+    let want = verify(&pipe, &[&format!("{one}:0.7"), &format!("{two}:-0.4")], "run_time");
     let worst = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
     let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
-    assert!(worst(&got, &want) < 1e-5 * largest, "{} of {largest}", worst(&got, &want));
-    assert!(worst(&plain, &want) > 0.01 * largest, "the adapters do something");
+    let concat = path("concat.safetensors");
+    for (model, adapters) in
+        [(&path("merged"), &[][..]), (&pipe, &[concat.as_str()][..]), (&path("concat_merged"), &[][..])]
+    {
+        let got = verify(model, adapters, "got");
+        assert!(worst(&got, &want) < 1e-5 * largest, "{model}: {} of {largest}", worst(&got, &want));
+    }
+    // Both adapters do something, the second as much with the other sign.
+    for other in [vec![format!("{one}:0.7")], vec![format!("{one}:0.7"), format!("{two}:0.4")]] {
+        let other = verify(&pipe, &other.iter().map(String::as_str).collect::<Vec<_>>(), "other");
+        assert!(worst(&other, &want) > 0.01 * largest);
+    }
 }
 
 #[test]
@@ -483,4 +612,141 @@ fn an_adapter_is_extracted_from_what_it_was_merged_into() {
     let mut rest = want[name].clone();
     rest.add_scaled(&deltas(Path::new(&small), &options(&table))[name], -1.0);
     assert!((rest.energy() / want[name].energy() - lost).abs() < 1e-4 && lost > 0.05, "{lost}");
+}
+
+#[test]
+fn tensors_that_straddle_windows_of_the_output_are_merged_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    // Windows are of 2 MiB. Three bytes at the front leave nothing aligned, neither rows nor values.
+    let odd = RawTensor { name: "a.ids".into(), dtype: Dtype::U8, shape: vec![3], bytes: vec![1, 2, 3] };
+    let wide = floats("b.0.weight", &[1100, 1000], &normals(70, 1_100_000));
+    let bytes = normals(71, 1_501_500).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+    let narrow = RawTensor { name: "b.1.weight".into(), dtype: Dtype::BF16, shape: vec![1500, 1001], bytes };
+    let copied = floats("c.bias", &[1_300_001], &normals(72, 1_300_001));
+    write(&path("base.safetensors"), vec![odd, wide, narrow, copied], &BTreeMap::new()).unwrap();
+    let lora = vec![
+        floats("b.0.lora_A.weight", &[2, 1000], &normals(73, 2000)),
+        floats("b.0.lora_B.weight", &[1100, 2], &normals(74, 2200)),
+        floats("b.1.lora_A.weight", &[3, 1001], &normals(75, 3003)),
+        floats("b.1.lora_B.weight", &[1500, 3], &normals(76, 4500)),
+        floats("b.1.dora_scale", &[1500, 1], &normals(77, 1500)),
+    ];
+    write(&path("lora.safetensors"), lora, &BTreeMap::new()).unwrap();
+    let base = Base::open(&path("base.safetensors")).unwrap();
+    let open = || AdapterFile::open(&path("lora.safetensors"), &options(base.transformer_table())).unwrap();
+    let out = path("merged.safetensors");
+    let written = std::sync::atomic::AtomicUsize::new(0);
+    let progress = |bytes| {
+        written.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+    };
+    let adapters = [Weighted { adapter: open(), weight: -0.5 }];
+    base.merge(&adapters, &out, &OutputForm::default(), &progress).unwrap();
+    assert_eq!(written.into_inner() as u64, std::fs::metadata(&out).unwrap().len());
+    let (before, after) = (MappedFile::open(&path("base.safetensors")).unwrap(), MappedFile::open(&out).unwrap());
+    for name in ["a.ids", "c.bias"] {
+        assert_eq!(before.bytes(name).unwrap(), after.bytes(name).unwrap());
+    }
+    let adapter = open();
+    for (module, rounding) in [("b.0", 1e-6), ("b.1", 0.004)] {
+        let change = adapter.delta(module, &adapter.transformer[module]).unwrap();
+        let change = change.change_of(&base.weight(module).unwrap().unwrap());
+        let name = format!("{module}.weight");
+        let (before, after) = (before.floats(&name).unwrap(), after.floats(&name).unwrap());
+        for (i, ((after, before), change)) in after.iter().zip(&before).zip(&change.data).enumerate() {
+            let want = before - 0.5 * change;
+            assert!((after - want).abs() <= rounding * want.abs() + 1e-6, "{name}[{i}]: {after} {want}");
+        }
+    }
+}
+
+/// All but the `keep` largest values set to zero.
+fn trimmed(values: &[f64], keep: usize) -> Vec<f64> {
+    let mut magnitudes: Vec<f64> = values.iter().map(|v| v.abs()).collect();
+    magnitudes.sort_by(|x, y| y.total_cmp(x));
+    values.iter().map(|v| if v.abs() >= magnitudes[keep - 1] { *v } else { 0.0 }).collect()
+}
+
+#[test]
+fn every_method_merges_adapters_into_one_with_weights_of_either_sign() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let table = table("case_b");
+    let one = fixture("case_b/lora/kohya_lora_unet.safetensors").to_str().unwrap().to_string();
+    let two = path("two.safetensors");
+    mixed_adapter(Path::new(&two), &table);
+    let weights = [0.8, -0.3];
+    let given = [&one, &two].map(|p| deltas(Path::new(p), &options(&table)));
+    // The changes of one module, by adapter, each at its weight, values in f64.
+    let of = |name: &str| -> Vec<Vec<f64>> {
+        let of_one = |(deltas, weight): (&BTreeMap<String, qwen_lora::adapters::matrix::Matrix>, f64)| {
+            Some(deltas.get(name)?.data.iter().map(|v| f64::from(*v) * weight).collect())
+        };
+        given.iter().zip(weights).filter_map(of_one).collect()
+    };
+    let sum =
+        |parts: &[Vec<f64>]| -> Vec<f64> { (0..parts[0].len()).map(|i| parts.iter().map(|p| p[i]).sum()).collect() };
+    let half = |parts: Vec<Vec<f64>>| -> Vec<Vec<f64>> {
+        parts.iter().map(|p| trimmed(p, (p.len() as f64 * 0.5).round() as usize)).collect()
+    };
+    let elected = |parts: &[Vec<f64>]| -> Vec<f64> {
+        let one = |i: usize| {
+            let positive = parts.iter().map(|p| p[i]).sum::<f64>() >= 0.0;
+            let agree: Vec<f64> = parts.iter().map(|p| p[i]).filter(|v| *v != 0.0 && (*v > 0.0) == positive).collect();
+            agree.iter().sum::<f64>() / agree.len().max(1) as f64
+        };
+        (0..parts[0].len()).map(one).collect()
+    };
+    let merge = |name: &str, args: &[&str]| {
+        let out = path(&format!("{name}.safetensors"));
+        let args = [&["merge", "--into-adapter", &one, &two, "--weights", "0.8,-0.3", "--json", "--out", &out], args];
+        let report: serde_json::Value = serde_json::from_str(&run_ok(args.concat())).unwrap();
+        let lost = |m: &serde_json::Value| m["energy_lost"].as_f64().unwrap();
+        let lost = report["modules"].as_array().unwrap().iter().map(lost).fold(0.0, f64::max);
+        (deltas(Path::new(&out), &options(&table)), lost)
+    };
+    // 40 is as many as the narrowest module has: nothing is lost.
+    let full = ["--rank", "40", "--method"];
+    type ByHand<'a> = &'a dyn Fn(Vec<Vec<f64>>) -> Vec<f64>;
+    let cases: [(&str, Vec<&str>, ByHand); 6] = [
+        ("concat", vec![], &|p| sum(&p)),
+        ("svd", [&full[..], &["svd"]].concat(), &|p| sum(&p)),
+        ("linear", vec!["--method", "linear"], &|p| sum(&p).iter().map(|v| v / 0.5).collect()),
+        ("magnitude_prune", [&full[..], &["magnitude_prune"]].concat(), &|p| sum(&half(p))),
+        ("ties", [&full[..], &["ties"]].concat(), &|p| elected(&half(p))),
+        ("dare", [&full[..], &["dare", "--density", "1"]].concat(), &|p| sum(&p)),
+    ];
+    for (name, args, by_hand) in cases {
+        let (got, lost) = merge(name, &args);
+        assert!(lost < 1e-6, "{name} loses {lost}");
+        assert_eq!(got.len(), given[0].len() + 1, "img_in is in the second only");
+        for (module, got) in got {
+            let want = by_hand(of(&module));
+            let largest = want.iter().fold(0f64, |m, v| m.max(v.abs()));
+            for (i, (got, want)) in got.data.iter().zip(&want).enumerate() {
+                assert!((f64::from(*got) - want).abs() <= 2e-5 * largest, "{name} {module}[{i}]: {got} {want}");
+            }
+        }
+    }
+    // What dare keeps is scaled up; the same seed keeps the same.
+    let (dare, _) = merge("dare_half", &[&full[..], &["dare", "--density", "0.25", "--seed", "3"]].concat());
+    let (again, _) = merge("dare_again", &[&full[..], &["dare", "--density", "0.25", "--seed", "3"]].concat());
+    let module = "transformer_blocks.1.attn.to_k";
+    let (mut kept, whole) = (0, &of(module)[0]);
+    for (got, want) in dare[module].data.iter().zip(whole) {
+        let got = f64::from(*got);
+        kept += usize::from((got - 4.0 * want).abs() < 1e-5);
+        assert!(got.abs() < 1e-5 || (got - 4.0 * want).abs() < 1e-5, "{got} {want}");
+    }
+    assert!((0.15..0.35).contains(&(kept as f64 / whole.len() as f64)), "{kept} of {}", whole.len());
+    assert_eq!(dare[module].data, again[module].data);
+    // A rank too small loses what it says.
+    let (small, lost) = merge("small", &["--method", "svd", "--rank", "2"]);
+    let shares = small.iter().map(|(module, got)| {
+        let want = sum(&of(module));
+        let rest: f64 = want.iter().zip(&got.data).map(|(w, g)| (w - f64::from(*g)).powi(2)).sum();
+        rest / want.iter().map(|w| w * w).sum::<f64>()
+    });
+    let worst = shares.fold(0.0, f64::max);
+    assert!(lost > 0.01 && (worst - lost).abs() < 1e-4, "{worst} {lost}");
 }

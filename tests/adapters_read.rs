@@ -1,6 +1,8 @@
 //! Adapters as they are found: the recorded five spellings, and files that cannot be used.
 
 mod adapters_common;
+#[path = "../fuzz/fuzz_targets/reader/mod.rs"]
+mod reader;
 
 use adapters_common::{deltas, fixture, options, table, worst};
 use qwen_lora::adapters::read::{AdapterFile, AlphaSource, ReadOptions};
@@ -73,4 +75,17 @@ fn a_whole_model_is_not_an_adapter() {
     assert!(error.contains("weights of a whole model"), "{error}");
     let error = AdapterFile::open(&fixture("case_a/lora"), &options(&table)).err().expect("a folder of five");
     assert!(error.to_string().contains("found 5 safetensors files"), "{error}");
+}
+
+/// Inputs of the fuzzer that are kept: what it found, and a small set that reaches what it reached.
+#[test]
+fn kept_inputs_of_the_fuzzer_end_with_an_adapter_or_an_error() {
+    let kept = adapters_common::contents(
+        &std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/adapters/fuzz"),
+    );
+    assert!(!kept.is_empty());
+    for (name, bytes) in kept {
+        println!("{}", name.display());
+        reader::read(&bytes);
+    }
 }

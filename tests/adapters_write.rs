@@ -6,8 +6,11 @@ use adapters_common::{deltas, fixture, floats, normals, options, run, run_ok, ta
 use proptest::prelude::*;
 use qwen_lora::adapters::delta::{Delta, Factors, Magnitude};
 use qwen_lora::adapters::matrix::Matrix;
-use qwen_lora::adapters::read::{AdapterFile, Component, ModuleTable, ReadOptions};
-use qwen_lora::io::safetensors::{MappedFile, write};
+use qwen_lora::adapters::merge::Base;
+use qwen_lora::adapters::read::{AdapterFile, Component, ModuleEntry, ModuleTable, ReadOptions};
+use qwen_lora::io::floats::{narrow, widened};
+use qwen_lora::io::safetensors::{MappedFile, RawTensor, write};
+use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -174,12 +177,43 @@ fn outputs_are_never_overwritten_and_bad_input_is_explained() {
         "a share above 0",
     );
     fail(&["extract", pipe, pipe, "--rank", "4", "--out", out], "do not differ");
+    // Another model's adapter, by name and shape.
+    let other = fixture("case_b/lora/comfy_diffusion_model_AB_alpha.safetensors");
+    fail(&["merge", pipe, other.to_str().unwrap(), "--out", out], "this is no adapter, or one for another model");
+    fail(&["merge", path, path, "--out", out], "is an adapter");
+    fail(&["merge", pipe, pipe, "--out", out], "adapter of a usual name");
+    fail(&["merge", pipe, "--out", out], "no adapter to merge");
+    fail(&["merge", pipe, path, "--weights", "nan", "--out", out], "finite numbers");
     let edit = |name: &str, bytes: Vec<u8>| {
         let path = dir.path().join(name);
         std::fs::write(&path, bytes).unwrap();
         path.to_str().unwrap().to_string()
     };
+    // A header said to be 8 bytes shorter or longer than it is; one whose text says nonsense.
+    let length = u64::from_le_bytes(*whole.first_chunk().unwrap());
+    let said = |length: u64| [&length.to_le_bytes()[..], &whole[8..]].concat();
+    let text = std::str::from_utf8(&whole[8..8 + length as usize]).unwrap();
+    let changed = |from: &str, to: &str| {
+        let changed = text.replacen(from, to, 1);
+        assert_ne!(changed, text);
+        [&(changed.len() as u64).to_le_bytes()[..], changed.as_bytes(), &whole[8 + length as usize..]].concat()
+    };
+    let entry = |key: &str| {
+        let entry = &text[text.find(&format!("\"{key}\"")).unwrap()..];
+        entry[..=entry.find('}').unwrap()].to_string()
+    };
+    let begins = |key: &str| {
+        let entry = entry(key);
+        entry[entry.find('[').unwrap()..].rsplit_once("data_offsets").unwrap().1.trim_end_matches('}').to_string()
+    };
+    let (first, second) =
+        ["q", "k"].map(|to| format!("lora_unet_transformer_blocks_0_attn_to_{to}.lora_up.weight")).into();
     for (bytes, why) in [
+        (said(length - 8), "is not a whole safetensors file"),
+        (said(length + 8), "is not a whole safetensors file"),
+        (said(whole.len() as u64), "as its first eight bytes say"),
+        (changed(&begins(&first), &begins(&second)), "overlaps another tensor"),
+        (changed("{", &format!("{{{},", entry(&first))), "twice"),
         (whole[..whole.len() - 1].to_vec(), "as its header says"),
         (whole[..100].to_vec(), "a file of 100 bytes"),
         (vec![], "the file is empty"),
@@ -189,7 +223,10 @@ fn outputs_are_never_overwritten_and_bad_input_is_explained() {
         let bad = edit("bad.safetensors", bytes);
         fail(&["convert", &bad, out, "--to", "kohya"], why);
         fail(&["merge", pipe, &bad, "--out", out], why);
+        fail(&["merge", &bad, path, "--out", out], why);
+        fail(&["merge", "--into-adapter", path, &bad, "--out", out], why);
         fail(&["inspect", &bad], why);
+        fail(&["extract", pipe, &bad, "--rank", "4", "--out", out], why);
     }
     assert!(!Path::new(out).exists());
     assert_eq!((std::fs::read(&source).unwrap(), std::fs::read(&taken).unwrap()), (whole, b"precious".to_vec()));
@@ -205,10 +242,13 @@ struct Spelling {
     alpha: Where,
 }
 
+/// Where a spelling keeps alpha.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Where {
     Keys,
     Metadata,
+    /// `adapter_config.json` beside the file.
+    Config,
     Folded,
 }
 
@@ -216,15 +256,17 @@ const fn spelling(prefix: &'static str, flat: bool, a: &'static str, b: &'static
     Spelling { prefix, flat, a, b, alpha }
 }
 
-/// diffusers with and without metadata, PEFT, kohya, ai-toolkit, DiffSynth (two forms), SimpleTuner, OneTrainer (two
-/// forms), Lightning.
-const SPELLINGS: [Spelling; 12] = [
+/// diffusers with and without metadata, PEFT (three forms), kohya, ai-toolkit, diffusion-pipe, DiffSynth (two forms),
+/// SimpleTuner, OneTrainer (two forms), Lightning.
+const SPELLINGS: [Spelling; 14] = [
     spelling("transformer.", false, "lora_A.weight", "lora_B.weight", Where::Metadata),
     spelling("transformer.", false, "lora_A.weight", "lora_B.weight", Where::Folded),
+    spelling("base_model.model.", false, "lora_A.weight", "lora_B.weight", Where::Config),
     spelling("base_model.model.", false, "lora_A.weight", "lora_B.weight", Where::Keys),
     spelling("base_model.model.", false, "lora_A.default.weight", "lora_B.default.weight", Where::Folded),
     spelling("lora_unet_", true, "lora_down.weight", "lora_up.weight", Where::Keys),
     spelling("diffusion_model.", false, "lora_A.weight", "lora_B.weight", Where::Keys),
+    spelling("diffusion_model.", false, "lora_A.weight", "lora_B.weight", Where::Config),
     spelling("", false, "lora_A.default.weight", "lora_B.default.weight", Where::Folded),
     spelling("", false, "lora_A.default_0.default.weight", "lora_B.default_0.default.weight", Where::Folded),
     spelling("lycoris_", true, "lora_down.weight", "lora_up.weight", Where::Keys),
@@ -254,9 +296,37 @@ fn modules(table: &ModuleTable) -> Vec<(String, (usize, usize))> {
     table.names().filter_map(|n| Some((n.to_string(), table.shape(n)?))).collect()
 }
 
+/// DoRA's norms, if a module has them.
+#[derive(Clone, Copy, Debug)]
+enum Norms {
+    None,
+    Rows,
+    Columns,
+}
+
+/// Random values that `dtype` holds exactly.
+fn exact(item: u64, rows: usize, cols: usize, dtype: Dtype) -> Matrix {
+    let mut bytes = vec![0; rows * cols * dtype.bitsize() / 8];
+    narrow(&normals(item, rows * cols), dtype, &mut bytes);
+    Matrix::new(rows, cols, widened(&bytes, dtype))
+}
+
+/// A tensor of a file, of one of the types that adapters come in.
+fn typed(name: String, shape: &[usize], values: &[f32], dtype: Dtype) -> RawTensor {
+    let mut bytes = vec![0; values.len() * dtype.bitsize() / 8];
+    narrow(values, dtype, &mut bytes);
+    RawTensor { name, dtype, shape: shape.into(), bytes }
+}
+
 /// Factors of a form with random values, as named parts, and the delta that they mean at `alpha`.
-fn make(form: Form, (out, width): (usize, usize), alpha: f64, item: u64) -> (Vec<(&'static str, Matrix)>, Delta) {
-    let random = |k: u64, rows: usize, cols: usize| Matrix::new(rows, cols, normals(item * 8 + k, rows * cols));
+fn make(
+    form: Form,
+    (out, width): (usize, usize),
+    alpha: f64,
+    item: u64,
+    dtype: Dtype,
+) -> (Vec<(&'static str, Matrix)>, Delta) {
+    let random = |k: u64, rows: usize, cols: usize| exact(item * 8 + k, rows, cols, dtype);
     match form {
         Form::Lora { rank } => {
             let (a, b) = (random(0, rank, width), random(1, out, rank));
@@ -292,23 +362,39 @@ fn make(form: Form, (out, width): (usize, usize), alpha: f64, item: u64) -> (Vec
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+/// What an adapter changes the weights of `base` by, norms included.
+fn changes(path: &Path, base: &Base) -> BTreeMap<String, Matrix> {
+    let adapter = AdapterFile::open(path, &options(base.transformer_table())).unwrap();
+    let change = |(name, entry): (&String, &ModuleEntry)| {
+        let weight = base.weight(name).unwrap().unwrap();
+        (name.clone(), adapter.delta(name, entry).unwrap().change_of(&weight))
+    };
+    adapter.transformer.iter().map(change).collect()
+}
 
-    /// Any adapter in any spelling is read as the change it means; written by `convert` for a tool that holds it and
-    /// read again, it is the same change.
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    /// Any adapter in any spelling is read as the change it means; written by `convert` for any tool and read again, it
+    /// is the same change: exactly where that tool knows its kind, by an SVD that loses nothing where it does not.
     #[test]
     fn read_write_read_in_every_spelling(
         which in 0..SPELLINGS.len(),
-        picks in proptest::collection::btree_map(0usize..33, (forms(), 1u32..64), 1..5),
-        to in prop_oneof![Just("comfyui"), Just("kohya")],
+        picks in proptest::collection::btree_map(
+            0usize..33,
+            (forms(), 1u32..64, prop_oneof![3 => Just(Norms::None), 1 => Just(Norms::Rows), 1 => Just(Norms::Columns)]),
+            1..4,
+        ),
+        dtype in prop_oneof![Just(Dtype::F32), Just(Dtype::BF16), Just(Dtype::F16)],
+        to in prop_oneof![Just("diffusers"), Just("comfyui"), Just("kohya"), Just("peft"), Just("diffsynth")],
     ) {
         let spelling = SPELLINGS[which];
-        let table = table("case_a");
-        let all = modules(&table);
+        let pipe = fixture("case_a/pipe");
+        let base = Base::open(&pipe).unwrap();
+        let all = modules(&table("case_a"));
         let (mut tensors, mut want, mut alphas) = (Vec::new(), BTreeMap::new(), serde_json::Map::new());
         let mut ranks = serde_json::Map::new();
-        for (&pick, &(form, alpha)) in &picks {
+        for (&pick, &(form, alpha, norms)) in &picks {
             let (name, shape) = &all[pick];
             let alpha = f64::from(alpha) / 4.0;
             // Alpha in the metadata or nowhere is a thing of LoRA files.
@@ -316,36 +402,69 @@ proptest! {
                 (Where::Keys, form) => form,
                 (_, Form::Loha { rank } | Form::Lokr { rank, .. } | Form::Lora { rank }) => Form::Lora { rank },
             };
-            let (parts, delta) = make(form, *shape, alpha, pick as u64);
+            let (parts, mut delta) = make(form, *shape, alpha, pick as u64, dtype);
             let stem = format!("{}{}", spelling.prefix, if spelling.flat { name.replace('.', "_") } else { name.clone() });
             for (part, mut matrix) in parts {
                 let end = match part { "A" => spelling.a, "B" => spelling.b, other => other };
+                let mut stored = dtype;
                 if part == "B" && spelling.alpha == Where::Folded {
-                    matrix = matrix.scaled(delta.scale);
+                    (matrix, stored) = (matrix.scaled(delta.scale), Dtype::F32);
                 }
-                tensors.push(floats(&format!("{stem}.{end}"), &[matrix.rows, matrix.cols], &matrix.data));
+                tensors.push(typed(format!("{stem}.{end}"), &[matrix.rows, matrix.cols], &matrix.data, stored));
             }
             if spelling.alpha == Where::Keys {
                 tensors.push(floats(&format!("{stem}.alpha"), &[], &[alpha as f32]));
+            }
+            let norm = |n: usize| normals(900 + pick as u64, n).iter().map(|v| 1.0 + v.abs()).collect::<Vec<f32>>();
+            delta.magnitude = match norms {
+                Norms::None => None,
+                Norms::Rows => Some(Magnitude::Rows(norm(shape.0))),
+                Norms::Columns => Some(Magnitude::Columns(norm(shape.1))),
+            };
+            match &delta.magnitude {
+                None => {}
+                // PEFT knows norms of rows as a vector; everyone else writes a column or a row.
+                Some(Magnitude::Rows(v)) if spelling.prefix == "base_model.model." => {
+                    tensors.push(floats(&format!("{stem}.lora_magnitude_vector.weight"), &[v.len()], v));
+                }
+                Some(Magnitude::Rows(v)) => tensors.push(floats(&format!("{stem}.dora_scale"), &[v.len(), 1], v)),
+                Some(Magnitude::Columns(v)) => tensors.push(floats(&format!("{stem}.dora_scale"), &[1, v.len()], v)),
             }
             if let Form::Lora { rank } = form {
                 ranks.insert(name.clone(), rank.into());
                 alphas.insert(name.clone(), alpha.into());
             }
-            want.insert(name.clone(), delta.dense());
+            want.insert(name.clone(), delta.change_of(&base.weight(name).unwrap().unwrap()));
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.safetensors");
-        let config = serde_json::json!({"transformer.r": 999, "transformer.lora_alpha": 999, "transformer.rank_pattern": ranks, "transformer.alpha_pattern": alphas});
+        let prefix = if spelling.alpha == Where::Metadata { "transformer." } else { "" };
+        let config = serde_json::json!({
+            format!("{prefix}r"): 999, format!("{prefix}lora_alpha"): 999,
+            format!("{prefix}rank_pattern"): ranks, format!("{prefix}alpha_pattern"): alphas,
+        });
         let metadata = match spelling.alpha {
             Where::Metadata => [("lora_adapter_metadata".to_string(), config.to_string())].into(),
             _ => BTreeMap::new(),
         };
+        if spelling.alpha == Where::Config {
+            std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+        }
         write(&path, tensors, &metadata).unwrap();
-        prop_assert!(worst(&deltas(&path, &options(&table)), &want) < 1e-6);
-        let out = dir.path().join("y.safetensors");
-        run_ok(["convert", path.to_str().unwrap(), out.to_str().unwrap(), "--to", to, "--quiet"]);
-        prop_assert!(worst(&deltas(&out, &options(&table)), &want) < 1e-6);
+        // With a config beside it, the folder is the adapter.
+        let source = if spelling.alpha == Where::Config { dir.path() } else { path.as_path() };
+        prop_assert!(worst(&changes(source, &base), &want) < 2e-6);
+        let written = tempfile::tempdir().unwrap();
+        let out = written.path().join(if to == "peft" { "y" } else { "y.safetensors" });
+        let (from, out_text, pipe) = (source.to_str().unwrap(), out.to_str().unwrap(), pipe.to_str().unwrap());
+        let args = ["convert", from, out_text, "--to", to, "--base", pipe, "--rank", "48", "--dtype", "f32", "--json"];
+        let report: serde_json::Value = serde_json::from_str(&run_ok(args)).unwrap();
+        let made = report["made_into_lora"].as_array().unwrap();
+        // 48 is the width of the model: no change of a weight has a higher rank.
+        prop_assert!(made.iter().all(|m| m["energy_lost"].as_f64().unwrap() < 1e-8), "{report}");
+        let limit = if made.is_empty() { 2e-6 } else { 2e-5 };
+        let error = worst(&changes(&out, &base), &want);
+        prop_assert!(error < limit, "{error}");
     }
 
     /// Whatever bytes replace a part of a real file, reading ends with an adapter or an error, never otherwise.

@@ -416,6 +416,44 @@ fn no_network_is_told_apart_from_a_server_that_is_no_hub() {
 }
 
 #[test]
+fn a_hub_id_is_a_base_to_merge_into() {
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/reference/case_a");
+    let read = |root: &Path| {
+        let (mut files, mut todo) = (BTreeMap::new(), vec![root.to_path_buf()]);
+        while let Some(path) = todo.pop() {
+            if path.is_dir() {
+                todo.extend(std::fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+            } else {
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_string();
+                files.insert(name, std::fs::read(&path).unwrap());
+            }
+        }
+        files
+    };
+    let server = Server::start(read(&reference.join("pipe")));
+    let home = tempfile::tempdir().unwrap();
+    let merge = |base: &str, out: &str| {
+        let lora = reference.join("lora/kohya_lora_unet.safetensors");
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_qwen-lora"))
+            .args(["merge", base, lora.to_str().unwrap(), "--weights", "-0.5", "--out", out, "--quiet"])
+            .current_dir(home.path())
+            .env_remove("HF_TOKEN")
+            .env_remove("HF_HUB_CACHE")
+            .env("HF_ENDPOINT", server.url())
+            .env("HF_HOME", home.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        read(&home.path().join(out))
+    };
+    let from_folder = merge(reference.join("pipe").to_str().unwrap(), "from_folder");
+    assert_eq!(server.num_requests(), 0);
+    let from_hub = merge(REPO, "from_hub");
+    assert_eq!(from_hub.keys().collect::<Vec<_>>(), from_folder.keys().collect::<Vec<_>>());
+    assert!(from_hub == from_folder, "the same bytes");
+}
+
+#[test]
 fn the_environment_names_endpoint_cache_and_token() {
     let setup = setup();
     setup.server.hub.lock().unwrap().token = Some("hf_env");

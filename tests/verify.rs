@@ -254,7 +254,7 @@ fn the_command_writes_what_it_computed_and_fails_on_a_deviation() {
     let args = |reference: PathBuf, output: &Path, json| VerifyArgs {
         model: self::reference("case_b").join("pipe"),
         reference,
-        adapter: None,
+        adapters: vec![],
         output: Some(output.into()),
         device: DeviceChoice::Cpu,
         dtype: VerifyDtype::F32,

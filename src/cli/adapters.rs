@@ -1,7 +1,7 @@
 //! What the verbs on adapters share: finding the base, the modules that keys are matched against, common arguments.
 
 use crate::adapters::merge::Base;
-use crate::adapters::read::{AdapterFile, Component, ModuleTable, ReadOptions};
+use crate::adapters::read::{AdapterFile, Component, ModuleTable, ReadOptions, count};
 use crate::adapters::target::ModuleInfo;
 use crate::error::{Error, Result};
 use crate::model::source::{ModelSource, ModelSpec};
@@ -68,6 +68,21 @@ impl ReadArgs {
     }
 }
 
+impl ReadArgs {
+    /// With `--allow-unmatched`, leaves an adapter's part for the text encoder out where the output cannot hold it,
+    /// unless there is no other part. What stays is refused by name later.
+    pub fn leave_out_text_encoder(&self, adapter: &mut AdapterFile, quiet: bool) {
+        if !self.allow_unmatched || adapter.transformer.is_empty() || adapter.text_encoder.is_empty() {
+            return;
+        }
+        if !quiet {
+            let what = count(adapter.text_encoder.len(), "module");
+            eprintln!("warning: left out: {what} of the text encoder in `{}`", adapter.path().display());
+        }
+        adapter.text_encoder.clear();
+    }
+}
+
 /// The modules of the published Qwen-Image transformer: 60 blocks.
 pub fn published_modules() -> Vec<ModuleInfo> {
     TransformerConfig {
@@ -107,6 +122,14 @@ pub fn open_base(text: &str) -> Result<Base> {
     }
 }
 
+/// `PATH` or `PATH:WEIGHT`; the weight is 1 if none is given. A path that exists is taken whole.
+pub fn path_and_weight(text: &str) -> (&str, f64) {
+    match text.rsplit_once(':').map(|(path, weight)| (path, weight.parse::<f64>())) {
+        Some((path, Ok(weight))) if weight.is_finite() && !Path::new(text).exists() => (path, weight),
+        _ => (text, 1.0),
+    }
+}
+
 /// `--weights`: one for each adapter, 1 where none are given.
 ///
 /// Errors: another number of weights than adapters, a weight that is no finite number.
@@ -117,7 +140,7 @@ pub fn weights(given: &[f64], adapters: usize) -> Result<Vec<f64>> {
     if given.len() != adapters {
         return Err(Error::usage("`--weights` does not fit the adapters")
             .expected(format!("{adapters} weights, one for each adapter"), given.len())
-            .hint("weights are joined by commas: `--weights 0.8,-0.3`"));
+            .hint("a decimal point within a weight, a comma between two: `--weights 0.8,-0.3`"));
     }
     match given.iter().find(|w| !w.is_finite()) {
         Some(weight) => Err(Error::usage("bad `--weights`").expected("finite numbers", weight)),

@@ -85,8 +85,9 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     check_not_input(&args.out, &[&args.input])?;
     crate::adapters::merge::base::check_new(&args.out)?;
     let base = args.base.as_deref().map(open_base).transpose()?;
-    let adapter = args.read.open(&args.input, base.as_ref(), args.quiet)?;
-    if let Some(name) = adapter.text_encoder.keys().next().filter(|_| !args.read.allow_unmatched) {
+    let mut adapter = args.read.open(&args.input, base.as_ref(), args.quiet)?;
+    args.read.leave_out_text_encoder(&mut adapter, args.quiet);
+    if let Some(name) = adapter.text_encoder.keys().next() {
         return Err(Error::usage(format!("`{}` also adapts the text encoder (`{name}`)", args.input.display()))
             .detail("no tool reads that part for Qwen-Image")
             .hint("`--allow-unmatched` leaves it out; `merge` puts it into a pipeline folder"));

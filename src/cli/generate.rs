@@ -1,5 +1,6 @@
 //! `qwen-lora generate`: text to image.
 
+use crate::cli::adapters::path_and_weight;
 use crate::cli::route::Routing;
 use crate::cli::{print_line, use_threads};
 use crate::config::{DeviceChoice, ImageSize};
@@ -217,10 +218,7 @@ fn read_prompts(path: &Path) -> Result<Vec<String>> {
 
 /// `FILE` or `FILE:WEIGHT`. Errors: no such file, with the nearest name beside it.
 pub fn parse_lora(text: &str) -> Result<LoraUse> {
-    let (file, weight) = match text.rsplit_once(':').map(|(file, weight)| (file, weight.parse::<f64>())) {
-        Some((file, Ok(weight))) if !Path::new(text).exists() => (file, weight),
-        _ => (text, 1.0),
-    };
+    let (file, weight) = path_and_weight(text);
     if Path::new(file).exists() {
         return Ok(LoraUse { file: file.into(), weight, hash: String::new() });
     }

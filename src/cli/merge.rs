@@ -135,8 +135,11 @@ pub fn run(args: &MergeArgs) -> Result<()> {
 fn into_base(args: &MergeArgs) -> Result<()> {
     let (base_name, paths) = args.inputs.split_first().expect("clap asks for one input at least");
     let base = open_base(base_name)?;
-    let adapters = args.open(paths, Some(&base))?;
+    let mut adapters = args.open(paths, Some(&base))?;
     let form = OutputForm { single_file: args.single_file, dtype: args.dtype.map(FloatType::dtype) };
+    if !base.writes_text_encoder(&form) {
+        adapters.iter_mut().for_each(|a| args.read.leave_out_text_encoder(&mut a.adapter, args.quiet));
+    }
     let out = args.out.clone().unwrap_or_else(|| {
         PathBuf::from(if args.single_file || base.is_file() { "merged.safetensors" } else { "merged" })
     });
@@ -171,7 +174,8 @@ fn into_base(args: &MergeArgs) -> Result<()> {
 fn into_adapter(args: &MergeArgs) -> Result<()> {
     let method = args.method()?;
     let base = args.base.as_deref().map(open_base).transpose()?;
-    let adapters = args.open(&args.inputs, base.as_ref())?;
+    let mut adapters = args.open(&args.inputs, base.as_ref())?;
+    adapters.iter_mut().for_each(|a| args.read.leave_out_text_encoder(&mut a.adapter, args.quiet));
     let out = args.out.clone().unwrap_or_else(|| "merged.safetensors".into());
     check_not_input(&out, &args.inputs.iter().map(Path::new).collect::<Vec<_>>())?;
     crate::adapters::merge::base::check_new(&out)?;

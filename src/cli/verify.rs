@@ -1,5 +1,6 @@
 //! `qwen-lora verify`: replays a recorded case of the reference implementation.
 
+use crate::cli::adapters::path_and_weight;
 use crate::cli::print_line;
 use crate::config::DeviceChoice;
 use crate::device;
@@ -20,9 +21,10 @@ pub struct VerifyArgs {
     /// Folder of the recorded case: golden.safetensors and golden.json.
     #[arg(long, value_name = "DIR")]
     pub reference: PathBuf,
-    /// Also compute `adapter.output`: the transformer's output for the `tf.b2_mask` inputs with this adapter active.
-    #[arg(long, value_name = "FILE|CHECKPOINT_DIR")]
-    pub adapter: Option<PathBuf>,
+    /// Also compute `adapter.output`: the transformer's output for the `tf.b2_mask` inputs with this adapter active, a
+    /// file or a checkpoint folder (repeatable: they add up) [default weight: 1].
+    #[arg(long = "adapter", value_name = "PATH[:WEIGHT]")]
+    pub adapters: Vec<String>,
     /// Write everything that was computed to this safetensors file, under the recorded names.
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
@@ -50,7 +52,8 @@ pub enum VerifyDtype {
 pub fn run(args: &VerifyArgs) -> Result<()> {
     let compute = device::open(args.device)?;
     compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
-    let mut case = Case::open(&args.model, &args.reference, args.adapter.as_deref())?;
+    let adapters = args.adapters.iter().map(|text| path_and_weight(text)).map(|(path, weight)| (path.into(), weight));
+    let mut case = Case::open(&args.model, &args.reference, adapters)?;
     case.device = compute.device;
     case.dtype = match args.dtype {
         VerifyDtype::F32 => DType::F32,

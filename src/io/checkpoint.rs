@@ -154,6 +154,17 @@ impl CheckpointFile {
         }
     }
 
+    /// Maps the pages of the values `first..first + len` at once, before they are read.
+    pub fn populate(&self, tensor: &Stored, first: usize, len: usize) {
+        if let (Source::Safetensors(file), Storage::Plain(dtype) | Storage::Scaled(dtype, _)) =
+            (&self.source, &tensor.storage)
+            && let Ok(bytes) = file.bytes(&tensor.name)
+        {
+            let size = dtype.bitsize() / 8;
+            file.populate(&bytes[first * size..(first + len) * size]);
+        }
+    }
+
     /// Gives the pages of bytes from [`CheckpointFile::raw`] back to the system.
     pub fn release(&self, tensor: &Stored) {
         if let Source::Safetensors(file) = &self.source

@@ -2,7 +2,7 @@
 
 use super::transformer::{Call, image_shapes, lengths, load};
 use crate::adapters::read::ModuleTable;
-use crate::adapters::runtime::read_lora;
+use crate::adapters::runtime::{combine, read_lora};
 use crate::adapters::{LoraAdapter, LoraModule};
 use crate::error::{Error, Result};
 use crate::io::JsonObject;
@@ -16,7 +16,6 @@ use crate::train::step::{NoisyBatch, forward_backward, predict};
 use crate::train::trainable::Trainable;
 use crate::verify::{Case, Computed};
 use candle_core::{DType, Device, Tensor};
-use std::path::Path;
 
 /// The recorded adapter under `lora.<stage>.`, with the recorded rank and alpha.
 fn recorded_adapter(case: &Case, stage: &str) -> Result<LoraAdapter> {
@@ -130,18 +129,23 @@ fn training(case: &Case) -> Result<Vec<Computed>> {
     Ok(computed)
 }
 
-/// `adapter.output`: the transformer's output for the `tf.b2_mask` inputs with the adapter of `path`, an exported file
-/// or a checkpoint folder, active at run time.
-pub(super) fn adapter_output(case: &Case, path: &Path) -> Result<Computed> {
+/// `adapter.output`: the transformer's output for the `tf.b2_mask` inputs with the case's adapters, exported files or
+/// checkpoint folders, active at run time, each at its weight.
+pub(super) fn adapter_output(case: &Case) -> Result<Computed> {
     let mut model = load(case, case.dtype, |_| {})?;
-    let adapter = match path.join("state.json").exists() {
-        true => checkpoint::load_adapter(path, &Device::Cpu)?,
-        false => {
-            let (adapter, warnings) = read_lora(path, &ModuleTable::new(&model.config().modules()))?;
+    let table = ModuleTable::new(&model.config().modules());
+    let mut adapters = Vec::new();
+    for (path, weight) in &case.adapters {
+        let adapter = if path.join("state.json").exists() {
+            checkpoint::load_adapter(path, &Device::Cpu)?
+        } else {
+            let (adapter, warnings) = read_lora(path, &table)?;
             warnings.iter().for_each(|w| tell(format_args!("warning: {w}")));
             adapter
-        }
-    };
-    Trainable::attach(&mut model, &adapter)?;
+        };
+        adapters.push((adapter, *weight));
+    }
+    let weighted: Vec<(&LoraAdapter, f64)> = adapters.iter().map(|(adapter, weight)| (adapter, *weight)).collect();
+    Trainable::attach(&mut model, &combine(&weighted)?)?;
     Ok(Computed::new("adapter.output", Call::read(case, "tf.b2_mask.")?.run(&model, &mut |_, _| {})?))
 }

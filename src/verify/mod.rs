@@ -35,8 +35,8 @@ pub struct Case {
     pub golden: MappedFile,
     /// The recorded scalars and texts.
     pub json: JsonObject,
-    /// An adapter file or a checkpoint folder, for the stages that run one.
-    pub adapter: Option<PathBuf>,
+    /// Adapter files or checkpoint folders with their weights, for the output with adapters active.
+    pub adapters: Vec<(PathBuf, f64)>,
     /// Where the transformer runs; the other networks run on the CPU.
     pub device: Device,
     /// The type in which the transformer is held and run where f32 was recorded: f32, or bf16 with wider limits.
@@ -71,14 +71,15 @@ const STAGES: &[Stage] = &[
 ];
 
 impl Case {
-    /// Opens the case in `folder`, to be replayed with the model in `model`, on the CPU in f32.
-    pub fn open(model: &Path, folder: &Path, adapter: Option<&Path>) -> Result<Self> {
+    /// Opens the case in `folder`, to be replayed with the model in `model`, and once more with `adapters` active; on the
+    /// CPU in f32.
+    pub fn open(model: &Path, folder: &Path, adapters: impl IntoIterator<Item = (PathBuf, f64)>) -> Result<Self> {
         Ok(Self {
             model: model.into(),
             folder: folder.into(),
             golden: MappedFile::open(&folder.join("golden.safetensors"))?,
             json: JsonObject::open(&folder.join("golden.json"))?,
-            adapter: adapter.map(Path::to_path_buf),
+            adapters: adapters.into_iter().collect(),
             device: Device::Cpu,
             dtype: DType::F32,
         })
@@ -135,8 +136,8 @@ pub fn run(case: &Case, mut started: impl FnMut(&str)) -> Result<(Report, Vec<Co
             Err(error) => report.failed.push((stage.name, error)),
         }
     }
-    if let Some(adapter) = &case.adapter {
-        all.push(lora::adapter_output(case, adapter)?);
+    if !case.adapters.is_empty() {
+        all.push(lora::adapter_output(case)?);
     }
     Ok((report, all))
 }

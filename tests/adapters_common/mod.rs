@@ -73,3 +73,25 @@ pub fn floats(name: &str, shape: &[usize], values: &[f32]) -> qwen_lora::io::saf
 pub fn normals(item: u64, n: usize) -> Vec<f32> {
     qwen_lora::rng::Stream::new(11, 0, item, qwen_lora::rng::Purpose::Bench).normals(n, 0.2)
 }
+
+/// Bytes of a file, or of every file below a folder, by relative path.
+pub fn contents(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut out = BTreeMap::new();
+    let mut todo = vec![root.to_path_buf()];
+    while let Some(path) = todo.pop() {
+        if path.is_dir() {
+            todo.extend(std::fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+        } else {
+            out.insert(path.strip_prefix(root).unwrap().into(), std::fs::read(&path).unwrap());
+        }
+    }
+    out
+}
+
+/// A copy of a folder that a test may link from or spoil.
+pub fn copy_tree(from: &Path, to: &Path) {
+    for (name, bytes) in contents(from) {
+        std::fs::create_dir_all(to.join(&name).parent().unwrap()).unwrap();
+        std::fs::write(to.join(&name), bytes).unwrap();
+    }
+}

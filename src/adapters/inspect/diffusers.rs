@@ -3,7 +3,7 @@
 use super::predict::{Prediction, Verdict};
 use crate::adapters::read::alpha::PeftConfig;
 use crate::adapters::read::key::Part;
-use crate::adapters::read::{AdapterFile, ModuleEntry, ModuleTable};
+use crate::adapters::read::{AdapterFile, ModuleEntry, ModuleTable, count};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 
@@ -86,7 +86,7 @@ pub fn predict_diffusers(adapter: &AdapterFile, table: &ModuleTable) -> Predicti
         adapter.transformer.keys().filter_map(|name| Some((name, *scales.get(name.as_str())?))).collect();
     let strangers = loaded.keys().filter(|name| !table.contains(name)).count();
     if known.is_empty() {
-        return Prediction::fails(TOOL, "the names that come of these keys are no modules of the model");
+        return Prediction::fails(TOOL, "conversion makes names of these keys that the model does not have: an error");
     }
     let mut notes = Vec::new();
     let wrong =
@@ -98,7 +98,7 @@ pub fn predict_diffusers(adapter: &AdapterFile, table: &ModuleTable) -> Predicti
         notes.push("alpha is applied more than once, or for another rank".into());
     }
     if strangers > 0 {
-        notes.push(format!("{strangers} modules are not of this model: a warning"));
+        notes.push(format!("{} not of this model: a warning", count(strangers, "module")));
     }
     if dropped_norms {
         notes.push("DoRA's norms (`dora_scale`) are dropped with a warning".into());

@@ -16,6 +16,7 @@ h1 { font-size: 1.4rem; margin: 0 0 .3rem; overflow-wrap: anywhere; } h2 { font-
 p, li { max-width: 60rem; } .soft { color: var(--soft); }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .8rem .2rem 0; vertical-align: top; }
 th { font-weight: 600; color: var(--soft); } tbody tr + tr td { border-top: 1px solid var(--line); }
+.tools td:not(:last-child) { white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .ok { color: #1a7f37; } .bad { color: #c62828; } .mid { color: #9a6700; }
 @media (prefers-color-scheme: dark) { .ok { color: #57c878; } .bad { color: #ff7b72; } .mid { color: #e3b341; } }
@@ -45,7 +46,7 @@ pub fn page(inspection: &Inspection) -> String {
     let facts = [
         ("Spelling", i.spelling.clone()),
         ("Modules", kinds),
-        ("Numbers", format!("{} in {}, {}", i.params, list(&i.dtypes), human(i.bytes))),
+        ("Parameters", format!("{} in {}, {}", i.params, list(&i.dtypes), human(i.bytes))),
         ("Alpha from", list(&i.alpha_from)),
     ];
     out.push_str("<table><tbody>\n");
@@ -55,9 +56,11 @@ pub fn page(inspection: &Inspection) -> String {
     }
     out.push_str("</tbody></table>\n");
     findings(&mut out, i);
-    heat_map(&mut out, &i.strength);
-    tools(&mut out, i);
-    groups(&mut out, i);
+    if !i.kinds.is_empty() {
+        heat_map(&mut out, &i.strength);
+        tools(&mut out, i);
+        groups(&mut out, i);
+    }
     out.push_str("</body></html>\n");
     out
 }
@@ -69,7 +72,7 @@ fn findings(out: &mut String, i: &Inspection) {
         return;
     }
     out.push_str("<ul>\n");
-    for lint in &i.lints {
+    for (lint, left_out) in i.shown_lints() {
         let (class, word) = match lint.level {
             Level::Error => ("bad", "error"),
             Level::Warning => ("mid", "warning"),
@@ -80,13 +83,16 @@ fn findings(out: &mut String, i: &Inspection) {
             escape(&lint.text),
             lint.code
         );
+        if left_out > 0 {
+            let _ = writeln!(out, "<li class=\"soft\">and {left_out} more of this kind</li>");
+        }
     }
     out.push_str("</ul>\n");
 }
 
 fn tools(out: &mut String, i: &Inspection) {
     out.push_str(
-        "<h2>Who loads it</h2>\n<table><thead><tr><th>tool</th><th>verdict</th><th>strength</th><th></th></tr></thead><tbody>\n",
+        "<h2>Who loads it</h2>\n<table class=\"tools\"><thead><tr><th>tool</th><th>verdict</th><th>strength</th><th></th></tr></thead><tbody>\n",
     );
     for p in &i.tools {
         let class = match p.verdict {

@@ -46,7 +46,13 @@ pub fn lints(
     let mut out = Vec::new();
     let mut add = |level, code, text: String| out.push(Lint { level, code, text });
     if adapter.transformer.is_empty() && adapter.text_encoder.is_empty() {
-        add(Level::Error, "no_adapter", "no module of this file can be used".into());
+        let is_model = adapter.file().names().iter().any(|n| n.ends_with("norm_q.weight"));
+        let text = if is_model {
+            "these are the weights of a whole model, not an adapter"
+        } else {
+            "no module of this file can be used"
+        };
+        add(Level::Error, "no_adapter", text.into());
     }
     for problem in &adapter.problems {
         let code = match problem {

@@ -15,7 +15,7 @@ pub use strength::{Strength, block_of};
 use crate::adapters::convert::BaseWeight;
 use crate::adapters::file::BASE_FINGERPRINT;
 use crate::adapters::read::{AdapterFile, ModuleTable, Part, PartStyle, Prefix};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -69,7 +69,7 @@ pub struct Group {
 
 /// Inspects an adapter that was read with [`AdapterFile::survey`]. `group_of` names the group of a module.
 ///
-/// Errors: the file or the base cannot be read.
+/// Errors: the base cannot be read.
 pub fn inspect(
     adapter: &AdapterFile,
     table: &ModuleTable,
@@ -78,7 +78,7 @@ pub fn inspect(
     model: &Model,
 ) -> Result<Inspection> {
     let path = adapter.path();
-    let bytes = std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?.len();
+    let bytes = adapter.file().num_bytes();
     let metadata = adapter.file().metadata();
     let strength = strength::strengths(adapter, base)?;
     let tools = predict::predict(adapter, table);

@@ -1,6 +1,6 @@
 //! An inspection for the terminal.
 
-use super::{Inspection, Prediction, Verdict};
+use super::{Inspection, Lint, Prediction, Verdict};
 use crate::io::disk::human;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -43,10 +43,14 @@ impl fmt::Display for Inspection {
         if self.text_encoder_modules > 0 {
             writeln!(f, "              {} of them in the text encoder", self.text_encoder_modules)?;
         }
-        writeln!(f, "  numbers     {} in {}, {}", self.params, list(&self.dtypes), human(self.bytes))?;
+        writeln!(f, "  parameters  {} in {}, {}", self.params, list(&self.dtypes), human(self.bytes))?;
         writeln!(f, "  alpha from  {}", list(&self.alpha_from))?;
         for (key, value) in &self.trained_on {
             writeln!(f, "  {key}: {value}")?;
+        }
+        if self.kinds.is_empty() {
+            writeln!(f)?;
+            return self.findings(f);
         }
         writeln!(f, "\n  {:<12} {:>7}  {:>8}  {:>10}  {:>8}", "group", "modules", "rank", "alpha", "scale")?;
         for g in &self.groups {
@@ -63,15 +67,38 @@ impl fmt::Display for Inspection {
         } else {
             writeln!(f)?;
         }
-        for lint in &self.lints {
-            let level = format!("{:?}", lint.level).to_lowercase();
-            writeln!(f, "  {level}: {} [{}]", lint.text, lint.code)?;
-        }
-        Ok(())
+        self.findings(f)
     }
 }
 
+/// Findings of one kind that are shown; a file of another model has thousands.
+const SHOWN: usize = 5;
+
 impl Inspection {
+    /// The findings to show: the first few of each kind, the last of them with the number of those left out.
+    pub(super) fn shown_lints(&self) -> Vec<(&Lint, usize)> {
+        let mut shown: Vec<(&Lint, usize)> = Vec::new();
+        for lint in &self.lints {
+            let of_kind = shown.iter().filter(|(l, _)| l.code == lint.code).count();
+            match shown.iter_mut().rfind(|(l, _)| l.code == lint.code) {
+                Some((_, left_out)) if of_kind == SHOWN => *left_out += 1,
+                _ => shown.push((lint, 0)),
+            }
+        }
+        shown
+    }
+
+    fn findings(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (lint, left_out) in self.shown_lints() {
+            let level = format!("{:?}", lint.level).to_lowercase();
+            writeln!(f, "  {level}: {} [{}]", lint.text, lint.code)?;
+            if left_out > 0 {
+                writeln!(f, "  and {left_out} more of this kind; `--json` has them all")?;
+            }
+        }
+        Ok(())
+    }
+
     /// Strength by part of the block over the blocks: least, mean, most; relative to the base if it is known.
     fn strength_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let relative = self.strength.iter().all(|s| s.relative.is_some());

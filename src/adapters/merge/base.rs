@@ -106,6 +106,11 @@ impl Base {
         Ok(None)
     }
 
+    /// Whether an output of this form holds a text encoder that adapters can be merged into.
+    pub fn writes_text_encoder(&self, form: &OutputForm) -> bool {
+        !form.single_file && self.networks.contains_key(&Component::TextEncoder)
+    }
+
     /// Whether it is a single file.
     pub fn is_file(&self) -> bool {
         self.form == Form::File
@@ -205,7 +210,7 @@ impl Base {
                 .expected("a name that ends with .safetensors", out.display()));
         }
         let text = adapters.iter().find(|a| !a.adapter.text_encoder.is_empty());
-        if let Some(text) = text.filter(|_| file || !self.networks.contains_key(&Component::TextEncoder)) {
+        if let Some(text) = text.filter(|_| !self.writes_text_encoder(form)) {
             let (name, _) = text.adapter.text_encoder.iter().next().expect("not empty");
             return Err(Error::usage(format!(
                 "`{}` also adapts the text encoder (`{name}`), which this output does not hold",

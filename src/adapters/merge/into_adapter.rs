@@ -38,7 +38,7 @@ pub fn merge_into_adapter(
             "`{}` also adapts the text encoder (`{name}`), which adapters written here do not hold",
             text.adapter.path().display()
         ))
-        .hint("merge it into a pipeline folder"));
+        .hint("merge it into a pipeline folder, or leave that part out with `--allow-unmatched`"));
     }
     let largest = adapters.iter().flat_map(|a| a.adapter.entries()).filter_map(|e| e.rank).max();
     let rank = match (method, rank) {

@@ -4,6 +4,7 @@ pub mod base;
 mod change;
 pub mod combine;
 mod into_adapter;
+mod output;
 mod stream;
 
 pub use base::{Base, OutputForm, Written};

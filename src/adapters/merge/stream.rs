@@ -1,7 +1,8 @@
-//! Writes a merged safetensors file: tensor by tensor from the mapped base to the disk, in f32 arithmetic, in blocks
-//! of rows that the threads share, in memory that does not grow with the model.
+//! Writes a merged safetensors file: from the mapped base to the disk, in f32 arithmetic, window by window of the output,
+//! in memory that does not grow with the model.
 
 use super::change::{Change, Weighted};
+use super::output::{WINDOW_BYTES, Windows, write_windows};
 use crate::adapters::read::Component;
 use crate::error::{Error, Result};
 use crate::io::checkpoint::{CheckpointFile, Stored};
@@ -10,8 +11,7 @@ use crate::io::safetensors::header_bytes;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
 use std::path::Path;
 
 /// A tensor of the output.
@@ -31,6 +31,11 @@ pub struct OutTensor<'a> {
 impl OutTensor<'_> {
     fn size(&self) -> usize {
         self.tensor.len() * self.dtype.bitsize() / 8
+    }
+
+    /// Number of values in a row; vectors have rows of one.
+    fn width(&self) -> usize {
+        self.tensor.shape.iter().skip(1).product::<usize>().max(1)
     }
 
     /// Its bytes in the base, if they are also its bytes in the output.
@@ -53,132 +58,138 @@ pub struct Job<'a> {
     pub progress: &'a (dyn Fn(usize) + Sync),
 }
 
-/// Bytes of output that are prepared and written between two meetings of the threads; bounds the memory.
-const BATCH_BYTES: usize = 128 << 20;
-/// Values that one thread computes at a time.
+/// Windows between two meetings of the threads; bounds the memory for changes that are prepared.
+const WINDOWS_AT_ONCE: usize = 64;
+/// Values that are computed at a time: they fit a cache.
 const BLOCK_VALUES: usize = 256 << 10;
-/// Bytes copied at a time.
-const COPY_BYTES: usize = 8 << 20;
+
+/// A tensor and the bytes of the output that are its.
+struct Placed<'a> {
+    tensor: &'a OutTensor<'a>,
+    bytes: Range<usize>,
+}
 
 /// Writes `path`, which must not exist yet, and syncs it. The data lies in the order of `tensors`.
 pub fn write_merged(path: &Path, tensors: &[OutTensor], metadata: &BTreeMap<String, String>, job: &Job) -> Result<()> {
     let header = header_bytes(tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.tensor.shape.as_slice())), metadata);
-    let out = Out { file: File::create_new(path).map_err(|e| Error::io("create", path, e))?, path };
-    out.write(&header, 0)?;
-    let mut offset = header.len();
-    let mut batch: Vec<(&OutTensor, usize)> = Vec::new();
-    let mut batch_bytes = 0;
-    for tensor in tensors {
-        batch.push((tensor, offset));
-        batch_bytes += tensor.size();
-        offset += tensor.size();
-        if batch_bytes >= BATCH_BYTES {
-            write_batch(&std::mem::take(&mut batch), &out, job)?;
-            batch_bytes = 0;
+    let mut end = header.len();
+    let place = |tensor| {
+        let begin = end;
+        end += OutTensor::size(tensor);
+        Placed { tensor, bytes: begin..end }
+    };
+    let placed: Vec<Placed> = tensors.iter().map(place).collect();
+    write_windows(path, end, job.progress, |windows| {
+        for begin in (0..end).step_by(WINDOWS_AT_ONCE * WINDOW_BYTES) {
+            let part = begin..end.min(begin + WINDOWS_AT_ONCE * WINDOW_BYTES);
+            fill_windows(part, &header, &placed, windows, job)?;
         }
-    }
-    write_batch(&batch, &out, job)?;
-    out.file.sync_all().map_err(|e| Error::io("write", path, e))
+        Ok(())
+    })
 }
 
-/// A piece of work for one thread.
-enum Piece<'a> {
-    /// Bytes as they are.
-    Copy(&'a [u8]),
-    /// Values `first..first + len` of a tensor, with its change if it has one.
-    Compute { tensor: &'a OutTensor<'a>, change: Option<&'a Change>, first: usize, len: usize },
-}
-
-fn write_batch(batch: &[(&OutTensor, usize)], out: &Out, job: &Job) -> Result<()> {
-    let changes: Vec<Option<Change>> =
-        batch.par_iter().map(|(tensor, _)| change_of(tensor, job)).collect::<Result<_>>()?;
-    let mut pieces: Vec<(Piece, usize)> = Vec::new();
-    for ((tensor, offset), change) in batch.iter().zip(&changes) {
-        if let Some(bytes) = tensor.unchanged_bytes() {
-            let copies = bytes.chunks(COPY_BYTES).enumerate();
-            pieces.extend(copies.map(|(i, chunk)| (Piece::Copy(chunk), offset + i * COPY_BYTES)));
-            continue;
+/// Fills the windows of a `part` of the output, which begins with one.
+fn fill_windows(part: Range<usize>, header: &[u8], placed: &[Placed], windows: &Windows, job: &Job) -> Result<()> {
+    let placed = overlapping(placed, &part);
+    let changes: Vec<Option<Change>> = placed.par_iter().map(|p| change_of(p.tensor, job)).collect::<Result<_>>()?;
+    let offsets: Vec<usize> = part.clone().step_by(WINDOW_BYTES).collect();
+    offsets.par_iter().with_max_len(1).try_for_each_init(Scratch::default, |scratch, &begin| {
+        let range = begin..part.end.min(begin + WINDOW_BYTES);
+        // Writing has failed: `write_windows` tells why.
+        let Some(mut window) = windows.take() else { return Ok(()) };
+        let out = window.bytes_mut(range.len());
+        let from_header = header.len().clamp(range.start, range.end) - range.start;
+        out[..from_header].copy_from_slice(&header[range.start.min(header.len())..][..from_header]);
+        for (placed, change) in placed.iter().zip(&changes) {
+            let bytes = placed.bytes.start.max(range.start)..placed.bytes.end.min(range.end);
+            if !bytes.is_empty() {
+                let inside = bytes.start - placed.bytes.start..bytes.end - placed.bytes.start;
+                let out = &mut out[bytes.start - range.start..bytes.end - range.start];
+                fill(placed.tensor, change.as_ref(), inside, out, scratch)?;
+            }
         }
-        let width = tensor.tensor.shape.iter().skip(1).product::<usize>().max(1);
-        let block = (BLOCK_VALUES / width).max(1) * width;
-        for first in (0..tensor.tensor.len()).step_by(block) {
-            let len = block.min(tensor.tensor.len() - first);
-            let piece = Piece::Compute { tensor, change: change.as_ref(), first, len };
-            pieces.push((piece, offset + first * tensor.dtype.bitsize() / 8));
-        }
-    }
-    pieces.par_iter().with_max_len(1).try_for_each_init(
-        || (Vec::new(), Vec::new()),
-        |(values, bytes), (piece, offset)| {
-            let written = match piece {
-                Piece::Copy(bytes) => {
-                    out.write(bytes, *offset)?;
-                    bytes.len()
-                }
-                Piece::Compute { tensor, change, first, len } => {
-                    compute(tensor, *change, *first, *len, values, bytes)?;
-                    out.write(bytes, *offset)?;
-                    bytes.len()
-                }
-            };
-            (job.progress)(written);
-            Ok::<(), Error>(())
-        },
-    )?;
-    batch.iter().for_each(|(tensor, _)| tensor.file.release(tensor.tensor));
+        windows.put(window, range.start, range.len());
+        Ok::<(), Error>(())
+    })?;
+    let done = placed.iter().filter(|p| p.bytes.end <= part.end);
+    done.for_each(|p| p.tensor.file.release(p.tensor.tensor));
     Ok(())
+}
+
+/// The tensors with bytes in `part`.
+fn overlapping<'a, 'b>(placed: &'a [Placed<'b>], part: &Range<usize>) -> &'a [Placed<'b>] {
+    let first = placed.partition_point(|p| p.bytes.end <= part.start);
+    let count = placed[first..].partition_point(|p| p.bytes.start < part.end);
+    &placed[first..first + count]
 }
 
 fn change_of(tensor: &OutTensor, job: &Job) -> Result<Option<Change>> {
     let Some(module) = &tensor.module else { return Ok(None) };
-    let width = tensor.tensor.shape.iter().skip(1).product::<usize>();
+    let width = tensor.width();
     let base = |row: usize, out: &mut [f32]| tensor.file.widen(tensor.tensor, row * width, out);
     Change::of(job.adapters, job.component, module, &base)
 }
 
-fn compute(
+/// Memory that a thread uses again and again.
+#[derive(Default)]
+struct Scratch {
+    values: Vec<f32>,
+    /// A row of which a window wants a part.
+    row: Vec<u8>,
+}
+
+/// The bytes `range` of a tensor of the output.
+fn fill(
     tensor: &OutTensor,
     change: Option<&Change>,
-    first: usize,
-    len: usize,
-    values: &mut Vec<f32>,
-    bytes: &mut Vec<u8>,
+    range: Range<usize>,
+    out: &mut [u8],
+    scratch: &mut Scratch,
 ) -> Result<()> {
-    values.resize(len, 0.0);
-    tensor.file.widen(tensor.tensor, first, values)?;
-    if let Some(change) = change {
-        let width = tensor.tensor.shape.iter().skip(1).product::<usize>().max(1);
-        change.apply(first / width, values);
+    let size = tensor.dtype.bitsize() / 8;
+    if let Some(bytes) = tensor.unchanged_bytes() {
+        let first = range.start / size;
+        tensor.file.populate(tensor.tensor, first, range.end.div_ceil(size) - first);
+        out.copy_from_slice(&bytes[range]);
+        return Ok(());
     }
-    bytes.resize(len * tensor.dtype.bitsize() / 8, 0);
-    narrow(values, tensor.dtype, bytes);
+    let row_bytes = tensor.width() * size;
+    let rows_at_once = (BLOCK_VALUES / tensor.width()).max(1);
+    let mut at = range.start;
+    while at < range.end {
+        let (row, skipped, left) = (at / row_bytes, at % row_bytes, range.end - at);
+        let out = &mut out[at - range.start..];
+        if skipped > 0 || left < row_bytes {
+            // The window begins or ends within a row.
+            scratch.row.resize(row_bytes, 0);
+            compute(tensor, change, row..row + 1, &mut scratch.values, &mut scratch.row)?;
+            let len = left.min(row_bytes - skipped);
+            out[..len].copy_from_slice(&scratch.row[skipped..skipped + len]);
+            at += len;
+        } else {
+            let rows = rows_at_once.min(left / row_bytes);
+            compute(tensor, change, row..row + rows, &mut scratch.values, &mut out[..rows * row_bytes])?;
+            at += rows * row_bytes;
+        }
+    }
     Ok(())
 }
 
-/// The output, written at offsets by many threads.
-struct Out<'a> {
-    file: File,
-    path: &'a Path,
-}
-
-impl Out<'_> {
-    fn write(&self, bytes: &[u8], offset: usize) -> Result<()> {
-        self.file.write_all_at(bytes, offset as u64).map_err(|e| Error::io("write", self.path, e))?;
-        self.start_writeback(offset, bytes.len());
-        Ok(())
+/// Whole rows of a tensor of the output.
+fn compute(
+    tensor: &OutTensor,
+    change: Option<&Change>,
+    rows: Range<usize>,
+    values: &mut Vec<f32>,
+    out: &mut [u8],
+) -> Result<()> {
+    let (first, len) = (rows.start * tensor.width(), rows.len() * tensor.width());
+    values.resize(len, 0.0);
+    tensor.file.populate(tensor.tensor, first, len);
+    tensor.file.widen(tensor.tensor, first, values)?;
+    if let Some(change) = change {
+        change.apply(rows.start, values);
     }
-
-    /// Lets the disk begin while the next block is computed, so that the final sync finds little left to do.
-    fn start_writeback(&self, offset: usize, len: usize) {
-        #[cfg(target_os = "linux")]
-        {
-            use std::os::fd::AsRawFd;
-            // SAFETY: a plain system call on an open descriptor. Its failure loses nothing: sync_all follows.
-            unsafe {
-                libc::sync_file_range(self.file.as_raw_fd(), offset as i64, len as i64, libc::SYNC_FILE_RANGE_WRITE)
-            };
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = (offset, len);
-    }
+    narrow(values, tensor.dtype, out);
+    Ok(())
 }
