@@ -313,9 +313,13 @@ fn networks_fill_their_rows_and_missing_ones_are_named() {
     std::fs::write(dir.join("sharp/1.txt"), "一只红色的猫").unwrap();
     let base = ["--images", "soft", "--against", "sharp", "--json", "--quiet"];
     let json = json_of(&eval(dir, &base));
-    for (metric, word) in
-        [("lpips_alex", "--lpips"), ("fid", "--inception"), ("kid", "--inception"), ("clip_score", "--clip")]
-    {
+    for (metric, word) in [
+        ("anatomy_flagged", "--pose"),
+        ("lpips_alex", "--lpips"),
+        ("fid", "--inception"),
+        ("kid", "--inception"),
+        ("clip_score", "--clip"),
+    ] {
         let why = cell(&json, metric, 0)["not_measured"].as_str().unwrap();
         assert!(why.contains(word), "{metric}: {why}");
         assert!(cell(&json, metric, 0).get("value").is_none());
@@ -323,6 +327,12 @@ fn networks_fill_their_rows_and_missing_ones_are_named() {
     clip_folder(dir, "clip");
     clip_folder(dir, "chinese_clip");
     let json = json_of(&eval(dir, &[&base[..], &["--clip", "clip", "--clip", "chinese_clip"]].concat()));
+    let seen = json_of(&eval(dir, &[&base[..], &["--pose", "posenet"]].concat()));
+    // Half an astronaut is a person, with two hands at most.
+    let (unseen, flagged) = (cell(&seen, "no_person_detected", 1), cell(&seen, "anatomy_flagged", 1));
+    assert_eq!((&unseen["value"], &unseen["n"]), (&0.0.into(), &1.into()));
+    assert_eq!((&flagged["value"], &flagged["n"]), (&0.0.into(), &1.into()));
+    assert_eq!(cell(&seen, "anatomy_flagged", 0)["p_value"], 1.0);
     // Each prompt is scored by the network of its language.
     let reference = recorded("networks.json");
     let expected = |kind: &str, image: &str| {

@@ -91,6 +91,10 @@ pub struct EvalArgs {
     /// CLIP for CLIPScore, and Chinese CLIP for Chinese prompts (repeatable): a folder, or OWNER/NAME on the hub
     #[arg(long, value_name = "MODEL")]
     clip: Vec<String>,
+    /// A pose network that flags wrong bodies: `posenet` (built in), `openpose`, or the file of a heatmap network; not the
+    /// one that the adapter was trained with
+    #[arg(long, value_name = "NETWORK")]
+    pose: Option<String>,
     /// Also write rating.html, a page on which people compare the pictures without knowing which is which
     #[arg(long)]
     rate: bool,
@@ -129,6 +133,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         inception: args.inception.clone(),
         lpips: args.lpips.clone(),
         clip: args.clip.clone(),
+        pose: args.pose.clone(),
         offline: args.offline,
     };
     // Before hours of generation.

@@ -3,6 +3,7 @@
 //! One set is the baseline: the other folder, or the base model. Every other set is compared with it picture by picture.
 
 use crate::error::{Error, Result};
+use crate::eval::anatomy;
 use crate::eval::learned;
 use crate::eval::looks::Looks;
 use crate::eval::metrics::*;
@@ -71,6 +72,7 @@ pub fn measure(comparison: &Comparison, networks: &Networks, quiet: bool) -> Res
     }
     learned::clip_scores(comparison, networks, &mut evaluation, quiet)?;
     learned::inception(comparison, networks, &mut evaluation, quiet)?;
+    anatomy::add(comparison, networks.pose.as_deref(), &mut evaluation, quiet)?;
     look_rows(comparison, &mut evaluation);
     diversity_row(comparison, &mut evaluation)?;
     Ok(evaluation)

@@ -1,5 +1,6 @@
 //! What an adapter does, in numbers: pictures against pictures.
 
+pub mod anatomy;
 pub mod distance;
 pub mod generated;
 pub mod learned;

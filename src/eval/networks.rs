@@ -7,6 +7,8 @@ use crate::io::hub::{self, HubOptions, RepoId, Wanted};
 use crate::model::clip::{self, Clip};
 use crate::model::inception::Inception;
 use crate::model::perceptual::Perceptual;
+use crate::pose::{PoseNetwork, PoseSpec};
+use crate::progress::tell;
 use std::path::{Path, PathBuf};
 
 /// Where the weights are: each a file, a folder, `owner/name` or `owner/name:file` on the hub.
@@ -18,6 +20,8 @@ pub struct Places {
     pub lpips: Vec<String>,
     /// CLIP, Chinese CLIP, or both.
     pub clip: Vec<String>,
+    /// A pose network, for the anatomy rate: `posenet`, `openpose`, or the file of a heatmap network.
+    pub pose: Option<String>,
     /// Take hub files from the local cache only.
     pub offline: bool,
 }
@@ -33,6 +37,8 @@ pub struct Networks {
     pub clip: Option<Clip>,
     /// For prompts with Chinese letters.
     pub chinese_clip: Option<Clip>,
+    /// For the anatomy rate.
+    pub pose: Option<Box<dyn PoseNetwork>>,
 }
 
 /// The only file that is looked for in a repository of one network if none is named.
@@ -52,6 +58,12 @@ impl Networks {
         if !places.lpips.is_empty() {
             networks.perceptual =
                 Some(Perceptual::load(&places.lpips.iter().map(weights).collect::<Result<Vec<_>>>()?)?);
+        }
+        if let Some(network) = &places.pose {
+            let spec = PoseSpec { network: network.clone(), ..PoseSpec::default() };
+            let environment = HubOptions::from_env();
+            let options = HubOptions { offline: places.offline || environment.offline, ..environment };
+            networks.pose = Some(spec.load(options, &mut |notice| tell(format_args!("note: {notice}")))?);
         }
         for place in &places.clip {
             let small = clip::SMALL_FILES.map(String::from).to_vec();
