@@ -68,7 +68,7 @@ fn is_flagged(found: &Detection, skeleton: &Skeleton) -> Option<bool> {
         let keypoints = kinds.iter().find_map(|kind| named(&kind)).unwrap_or_default();
         num_distinct(keypoints.iter().flat_map(|&k| &found.peaks[k]), apart) > 2 * persons
     };
-    (persons > 0).then(|| found.hands.len() > 2 * persons || PAIRS.iter().any(|kinds| excess(kinds)))
+    (persons > 0).then(|| found.hands.len() > 2 * persons || PAIRS.iter().any(excess))
 }
 
 /// How many of the sure points are `apart` from each other, surest first.
