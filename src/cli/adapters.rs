@@ -123,10 +123,17 @@ pub fn open_base(text: &str) -> Result<Base> {
 }
 
 /// `PATH` or `PATH:WEIGHT`; the weight is 1 if none is given. A path that exists is taken whole.
-pub fn path_and_weight(text: &str) -> (&str, f64) {
+///
+/// Errors: a weight that is no finite number.
+pub fn path_and_weight(text: &str) -> Result<(&str, f64)> {
     match text.rsplit_once(':').map(|(path, weight)| (path, weight.parse::<f64>())) {
-        Some((path, Ok(weight))) if weight.is_finite() && !Path::new(text).exists() => (path, weight),
-        _ => (text, 1.0),
+        Some((path, Ok(weight))) if !Path::new(text).exists() => {
+            if !weight.is_finite() {
+                return Err(Error::usage(format!("bad strength of `{path}`")).expected("a finite number", weight));
+            }
+            Ok((path, weight))
+        }
+        _ => Ok((text, 1.0)),
     }
 }
 

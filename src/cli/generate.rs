@@ -227,9 +227,9 @@ pub(super) fn read_prompts(path: &Path) -> Result<Vec<String>> {
     Ok(prompts)
 }
 
-/// `FILE` or `FILE:WEIGHT`. Errors: no such file, with the nearest name beside it.
+/// `FILE` or `FILE:WEIGHT`. Errors: no such file, with the nearest name beside it; a bad weight.
 pub fn parse_lora(text: &str) -> Result<LoraUse> {
-    let (file, weight) = path_and_weight(text);
+    let (file, weight) = path_and_weight(text)?;
     if Path::new(file).exists() {
         return Ok(LoraUse { file: file.into(), weight, hash: String::new() });
     }

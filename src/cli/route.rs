@@ -11,17 +11,21 @@ use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
+/// The help text, with an example of the file.
+const LONG_ABOUT: &str = "\
+Show which adapters prompts get by a routes file, and why.
+
+A routes file lists adapters with the words that call for them:
+
+    adapters:
+      - {file: ink.safetensors, triggers: [水墨, ink wash], weight: 0.6, group: style}
+      - {file: anime.safetensors, triggers: [动漫, anime], negative_triggers: [照片, photo], group: style}
+
+`<lora:ink:0.7>` in a prompt has the last word. `qwen-lora generate --auto-lora ROUTES.yaml` uses it.";
+
 /// Show which adapters prompts get by a routes file, and why.
-///
-/// A routes file lists adapters with the words that call for them:
-///
-///     adapters:
-///       - {file: ink.safetensors, triggers: [水墨, ink wash], weight: 0.6, group: style}
-///       - {file: anime.safetensors, triggers: [动漫, anime], negative_triggers: [照片, photo], group: style}
-///
-/// `<lora:ink:0.7>` in a prompt has the last word. `qwen-lora generate --auto-lora ROUTES.yaml` uses it.
 #[derive(Args, Clone, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(long_about = LONG_ABOUT)]
 pub struct RouteArgs {
     /// The routes file
     #[arg(long, value_name = "ROUTES.yaml")]

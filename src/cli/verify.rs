@@ -52,7 +52,8 @@ pub enum VerifyDtype {
 pub fn run(args: &VerifyArgs) -> Result<()> {
     let compute = device::open(args.device)?;
     compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
-    let adapters = args.adapters.iter().map(|text| path_and_weight(text)).map(|(path, weight)| (path.into(), weight));
+    let adapter = |text: &String| path_and_weight(text).map(|(path, weight)| (path.into(), weight));
+    let adapters: Vec<_> = args.adapters.iter().map(adapter).collect::<Result<_>>()?;
     let mut case = Case::open(&args.model, &args.reference, adapters)?;
     case.device = compute.device;
     case.dtype = match args.dtype {
