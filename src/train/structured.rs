@@ -65,7 +65,7 @@ struct Running {
     count: f64,
 }
 
-/// [`Running`] and the network that it belongs to, as a checkpoint holds them: the bits of the numbers, which JSON keeps
+/// `Running` and the network that it belongs to, as a checkpoint holds them: the bits of the numbers, which JSON keeps
 /// exactly.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedState {
