@@ -52,6 +52,9 @@ fn the_config_file() {
     assert_says(&the_error(&config(&place, "latin.yaml"), 2), &["`latin.yaml` is not UTF-8", "offset 10"]);
     assert_refused(&place, &["--set", "lora.rnk=4"], &["lora.rnk", "rank"]);
     assert_refused(&place, &["--threads", "0"], &["`--threads` is 0"]);
+    let usage = |args: &[&str]| stderr(&place.train(args));
+    assert_says(&usage(&["--dry-run", "--memory", "24"]), &["`24` is no size of memory", "such as 24GB or 16GiB"]);
+    assert_says(&usage(&["--memory", "24GB"]), &["--dry-run"]);
 }
 
 #[test]

@@ -253,12 +253,25 @@ fn a_dry_run_reports_and_writes_nothing() {
     let output = place.train_ok(&["--dry-run"]);
     let text = stdout(&output);
     assert_says(&text, &["images      8 with 8 different captions", "4 held out", "24 steps, 6.0 epochs"]);
-    assert_says(&text, &["in 24 modules", "dry run: nothing was written"]);
+    assert_says(&text, &["in 24 modules", "memory      ", " weights ", "dry run: nothing was written"]);
     assert!(!place.path("runs").exists());
     let json = place.train_ok(&["--dry-run", "--json"]);
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!((&json["outcome"], &json["found"]["images"]), (&"dry run".into(), &8.into()));
     assert!(!place.path("runs").exists());
+
+    let fits = place.train_ok(&["--dry-run", "--memory", "24GB"]);
+    assert_says(&stdout(&fits), &["in 24.0 GB", "fits           f32    none"]);
+    let json = place.train_ok(&["--dry-run", "--memory", "1.5MB", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let (memory, budget) = (&json["found"]["memory_bytes"], &json["found"]["budget"]);
+    // A parameter of the tiny model is an f32; the recipe checkpoints fully.
+    assert_eq!(memory["weights"].as_u64(), json["found"]["base_params"].as_u64().map(|n| 4 * n));
+    let choices = budget["choices"].as_array().unwrap();
+    let full = choices.iter().find(|c| (&c["dtype"], &c["checkpointing"]) == (&"f32".into(), &"full".into())).unwrap();
+    assert_eq!(full["total_bytes"], memory["total"]);
+    assert_eq!((&budget["available_bytes"], choices.len()), (&1_500_000.into(), 6));
+    assert!(choices.iter().all(|c| c["fits"] == (c["total_bytes"].as_u64() <= Some(1_500_000))));
 }
 
 #[test]

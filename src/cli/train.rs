@@ -1,7 +1,7 @@
 //! `qwen-lora train`.
 
 use crate::cli::{print_line, use_threads};
-use crate::config::{Config, Preview};
+use crate::config::{Config, MemorySize, Preview};
 use crate::error::Result;
 use crate::prompt::structured::expand_all;
 use crate::train::interrupt;
@@ -24,6 +24,9 @@ pub struct TrainArgs {
     /// Check config, images and model, say what would be trained, and stop.
     #[arg(long)]
     dry_run: bool,
+    /// With --dry-run: which `training.dtype` and `checkpointing` fit into so much memory, such as 24GB or 16GiB.
+    #[arg(long, value_name = "SIZE", requires = "dry_run")]
+    memory: Option<MemorySize>,
     /// Threads to compute with [default: all cores].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -49,7 +52,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let own = Some(preview.negative_prompt.clone()).filter(|own| *own != Preview::default().negative_prompt);
     expand_all(&mut preview.prompts, &mut preview.negative_prompt, own.as_deref())?;
     interrupt::install()?;
-    let options = Options { resume: args.resume.is_some(), dry_run: args.dry_run, quiet: args.quiet };
+    let options =
+        Options { resume: args.resume.is_some(), dry_run: args.dry_run, memory: args.memory, quiet: args.quiet };
     let outcome = train(&config, options)?;
     if args.json {
         print_line(outcome.to_json())?;

@@ -360,6 +360,12 @@ macro_rules! choice {
             }
         }
 
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.as_str())
+            }
+        }
+
         impl $crate::config::field::Field for $name {
             fn kind() -> String {
                 [$(concat!("`", $word, "`")),*].join(" or ")

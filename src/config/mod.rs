@@ -4,6 +4,7 @@
 //! place of every value, so that each error names file, line and column, or the `--set` it came from.
 
 pub mod field;
+pub mod memory;
 pub mod reference;
 pub mod sections;
 pub mod size;
@@ -11,6 +12,7 @@ pub mod stages;
 pub mod tree;
 pub mod types;
 
+pub use memory::MemorySize;
 pub use sections::{
     Data, Evaluation, Filter, Flow, Lora, Loss, LossGate, LossWeights, Model, Pose, Preview, Regions, Save, Target,
     Targets, Training,

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod held_out;
 pub mod interrupt;
+pub mod memory;
 pub mod metrics;
 pub mod outcome;
 pub mod people;

@@ -2,7 +2,7 @@
 
 use crate::config::{Config, TrainingMode};
 use crate::error::Result;
-use crate::model::transformer::TransformerConfig;
+use crate::train::memory::{Budget, Forecast, Step};
 use crate::train::metrics::HeldOutMetrics;
 use crate::train::run_dir::RunDir;
 use crate::train::setup::{self, RunData};
@@ -86,19 +86,30 @@ pub struct DryRun {
     base_params: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     stages: Vec<String>,
+    #[serde(rename = "memory_bytes")]
+    memory: Forecast,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<Budget>,
     notes: Vec<String>,
 }
 
 impl DryRun {
-    /// Counts what would be trained. Errors: targets that do not fit the model.
-    pub fn new(config: &Config, data: &RunData, course: &Course, transformer: &TransformerConfig) -> Result<Self> {
+    /// Counts what would be trained; `memory` is what a step takes, `budget` what the ways to run take.
+    ///
+    /// Errors: targets that do not fit the model.
+    pub fn new(
+        config: &Config,
+        data: &RunData,
+        course: &Course,
+        step: &Step,
+        memory: Forecast,
+        budget: Option<Budget>,
+    ) -> Result<Self> {
+        let transformer = step.transformer;
         let base_params = transformer.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
-        let (modules, trainable_params) = match config.training.mode {
-            TrainingMode::Full => (0, base_params),
-            TrainingMode::Lora => {
-                let targets = setup::targets(config, transformer)?;
-                (targets.len(), targets.iter().map(|t| t.rank * (t.in_features + t.out_features)).sum())
-            }
+        let modules = match config.training.mode {
+            TrainingMode::Full => 0,
+            TrainingMode::Lora => setup::targets(config, transformer)?.len(),
         };
         let batches_per_epoch = data.plan.batches_per_epoch();
         let mut buckets: Vec<_> = data.samples.iter().map(|s| s.bucket).collect();
@@ -115,9 +126,11 @@ impl DryRun {
             epochs: seen as f64 / batches_per_epoch as f64,
             buckets: buckets.chunk_by(|a, b| a == b).map(count).collect(),
             modules,
-            trainable_params,
+            trainable_params: step.shape.trained,
             base_params,
             stages: course.lines(),
+            memory,
+            budget,
             notes: data.notices.clone(),
         })
     }
@@ -137,6 +150,7 @@ impl DryRun {
             ("epochs in the run", format!("{:.1}", self.epochs)),
             ("base parameters", format!("{:.1} M", self.base_params as f64 / 1e6)),
             ("trained parameters", format!("{:.2} M{modules}", self.trainable_params as f64 / 1e6)),
+            ("memory forecast", self.memory.to_string()),
         ]
     }
 }
@@ -231,6 +245,10 @@ impl fmt::Display for DryRun {
         writeln!(f, "base        {:.1} M parameters", self.base_params as f64 / 1e6)?;
         let modules = if self.modules > 0 { format!(" in {} modules", self.modules) } else { String::new() };
         writeln!(f, "trained     {:.2} M parameters{modules}", self.trainable_params as f64 / 1e6)?;
+        writeln!(f, "memory      {}", self.memory)?;
+        if let Some(budget) = &self.budget {
+            budget.to_string().lines().try_for_each(|line| writeln!(f, "            {line}"))?;
+        }
         write!(f, "dry run: nothing was written")
     }
 }

@@ -15,6 +15,7 @@ use crate::report::Page;
 use crate::train::batches::{Batches, TrainBatch};
 use crate::train::held_out::HeldOut;
 use crate::train::interrupt;
+use crate::train::memory::{Budget, Step};
 use crate::train::metrics::MetricsFile;
 use crate::train::outcome::{DryRun, Outcome, Report};
 use crate::train::preview::{self, Previews};
@@ -68,7 +69,8 @@ impl Run {
     pub fn prepare(config: &Config, options: Options) -> Result<Prepared> {
         config.check_supported()?;
         let compute = device::open(config.device)?;
-        setup::precision(config, !compute.device.is_cpu())?;
+        let on_gpu = !compute.device.is_cpu();
+        let precision = setup::precision(config, on_gpu)?;
         let dir = RunDir::new(&config.output);
         let start = Start::decide(&dir, config, options.resume)?;
         let data = RunData::open(config, options)?;
@@ -82,13 +84,17 @@ impl Run {
         let networks = structured_setup::load(config, &pipeline)?;
         let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
         let course = Course::new(config, &transformer, &data.plans)?;
-        let dry_run = DryRun::new(config, &data, &course, &transformer)?;
+        let step = Step::of(config, &data, &transformer, setup::longest_prompt(config, &data.dataset, &pipeline)?)?;
+        let memory = step.forecast(precision, config.training.checkpointing);
+        let budget = options.memory.map(|available| Budget::new(config, &step, on_gpu, available));
+        let dry_run = DryRun::new(config, &data, &course, &step, memory.clone(), budget)?;
         if options.dry_run {
             return Ok(Prepared::Nothing(Outcome::DryRun(dry_run)));
         }
         let progress = Progress::new(config.training.max_steps as u64, options.quiet);
         progress.notes(&compute.notes);
         progress.notes(&data.notices);
+        progress.notes(&[format!("memory of a step, as counted: {memory}")]);
 
         dir.create()?;
         let preview_prompts = preview::prompts(&config.preview);

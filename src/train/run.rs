@@ -1,6 +1,6 @@
 //! A training run from config to adapter.
 
-use crate::config::Config;
+use crate::config::{Config, MemorySize};
 use crate::error::Result;
 use crate::optim::{Accumulator, clip_grad_norm, learning_rate};
 use crate::train::interrupt;
@@ -17,6 +17,8 @@ pub struct Options {
     pub resume: bool,
     /// Check everything, train nothing, write nothing.
     pub dry_run: bool,
+    /// Memory that a dry run holds its forecast against.
+    pub memory: Option<MemorySize>,
     /// No bars and no notes.
     pub quiet: bool,
 }

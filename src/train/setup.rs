@@ -11,10 +11,12 @@ use crate::error::{Error, Result};
 use crate::io::hub::HubOptions;
 use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
+use crate::model::tokenizer::PromptTokenizer;
 use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::VaeConfig;
 use crate::pose::{PoseNetwork, PoseSpec};
 use crate::progress::tell;
+use crate::prompt::TEXT_TO_IMAGE;
 use crate::train::checkpoint::Weights;
 use crate::train::people::{self, People};
 use crate::train::regions::{self, Boxes};
@@ -116,6 +118,16 @@ pub fn model_spec(config: &Config) -> ModelSpec {
         vae: model.vae.clone(),
         text_encoder: model.text_encoder.clone(),
     }
+}
+
+/// Text tokens of the longest caption, as it is cut.
+pub fn longest_prompt(config: &Config, dataset: &Dataset, pipeline: &PipelineFolder) -> Result<usize> {
+    let tokenizer = PromptTokenizer::load(&pipeline.tokenizer)?;
+    let prefix = tokenizer.num_prefix_tokens(&TEXT_TO_IMAGE)?;
+    let tokens = |caption: &str| Ok(tokenizer.encode_prompt(&TEXT_TO_IMAGE, caption)?.len() - prefix);
+    let captions = dataset.captions();
+    let longest = captions.into_iter().map(tokens).try_fold(0, |most, n: Result<usize>| n.map(|n| most.max(n)))?;
+    Ok(longest.min(config.data.max_sequence_length))
 }
 
 /// The linears that get an adapter. Errors: an entry of `lora.target_modules` that matches nothing.

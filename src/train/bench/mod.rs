@@ -8,11 +8,12 @@ mod process;
 mod rate;
 
 use crate::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
-use crate::config::Checkpointing;
+use crate::config::{Checkpointing, TrainingMode};
 use crate::error::{Error, Result};
 use crate::model::transformer::QwenImageTransformer;
 use crate::optim::{AdamW, AdamWOptions, clip_grad_norm};
 use crate::rng::{Purpose, Stream};
+use crate::train::memory::{Step, StepShape, feeds_modulation};
 use crate::train::step::{NoisyBatch, forward_backward_observed};
 use crate::train::trainable::Trainable;
 use candle_core::{DType, Device, Tensor};
@@ -67,6 +68,8 @@ pub struct BenchReport {
     tokens_per_s: f64,
     start_to_first_step_s: f64,
     peak_rss_mb: f64,
+    /// What `train --dry-run` forecasts for such a step, in MiB.
+    forecast_mb: f64,
     /// The most that tensors held on the GPU at once, in MiB.
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_device_mb: Option<f64>,
@@ -192,6 +195,20 @@ pub fn bench(
     let (peak_rss_mb, peak_device_mb) = (peak_rss_mib(), gpu.peak_mib()?);
     let timed = &times[shape.warmup..];
     let step_s = median(timed);
+    let step = Step {
+        transformer: &config,
+        mode: TrainingMode::Lora,
+        accumulates: false,
+        shape: StepShape {
+            batch: shape.batch,
+            image_tokens: tokens,
+            text_tokens: shape.text_tokens,
+            trained: trainable.num_params(),
+            ranks_per_block: (targets.len() * shape.rank).div_ceil(config.num_layers),
+            trains_modulation: targets.iter().any(|t| feeds_modulation(&t.name)),
+        },
+    };
+    let forecast = step.forecast(model.precision(), shape.checkpointing).total();
     let peak = matmul_peak(&device, model.precision().compute)?;
     let flops = StepFlops::new(&config, shape, targets.iter().map(|t| t.in_features + t.out_features).sum());
     let base_params: usize = config.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
@@ -199,11 +216,7 @@ pub fn bench(
         engine: "qwen-lora",
         device: gpu.name,
         dtype: if model.precision().compute == DType::BF16 { "bf16" } else { "f32" },
-        checkpointing: match shape.checkpointing {
-            Checkpointing::None => "none",
-            Checkpointing::Selective => "selective",
-            Checkpointing::Full => "full",
-        },
+        checkpointing: shape.checkpointing.as_str(),
         threads: rayon::current_num_threads(),
         batch: shape.batch,
         image_tokens: tokens,
@@ -218,6 +231,7 @@ pub fn bench(
         tokens_per_s: (shape.batch * (tokens + shape.text_tokens)) as f64 / step_s,
         start_to_first_step_s,
         peak_rss_mb,
+        forecast_mb: forecast.0 as f64 / (1 << 20) as f64,
         peak_device_mb,
         phase_s: clock.medians(shape.warmup),
         model_tflops: flops.model / step_s / 1e12,

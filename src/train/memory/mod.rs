@@ -1,0 +1,7 @@
+//! How much memory training takes: told before anything is loaded, and held against what there is.
+
+mod budget;
+mod forecast;
+
+pub use budget::{Budget, Choice};
+pub use forecast::{Forecast, Step, StepShape, feeds_modulation};
