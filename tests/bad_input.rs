@@ -55,6 +55,14 @@ fn the_config_file() {
     let usage = |args: &[&str]| stderr(&place.train(args));
     assert_says(&usage(&["--dry-run", "--memory", "24"]), &["`24` is no size of memory", "such as 24GB or 16GiB"]);
     assert_says(&usage(&["--memory", "24GB"]), &["--dry-run"]);
+    let sizes = ["expected `auto` or a size such as `24GB` or `16GiB`", "found 24"];
+    assert_refused(
+        &place,
+        &["--set", "training.memory=24"],
+        &[&["wrong value for `training.memory`"], &sizes[..]].concat(),
+    );
+    let open = ["--set", "training.checkpointing=auto"];
+    assert_refused(&place, &open, &["needs to know how much memory there is", "hint: `training.memory: auto`"]);
 }
 
 #[test]

@@ -274,6 +274,38 @@ fn a_dry_run_reports_and_writes_nothing() {
     assert!(choices.iter().all(|c| c["fits"] == (c["total_bytes"].as_u64() <= Some(1_500_000))));
 }
 
+/// Counted are 3.6, 3.3 and 3.0 MB with checkpointing none, selective and full; the process itself takes more than that.
+#[test]
+fn a_run_that_may_take_so_much_memory_chooses_what_fits_and_stops_when_it_takes_more() {
+    let place = Workplace::new();
+    let nothing = the_error(&place.train(&with(&["--set", "training.memory=1.5MB"])), 2);
+    assert_says(
+        &nothing,
+        &["a training step does not fit into the 1.5 MB of `training.memory`", "too large      f32    full"],
+    );
+    assert_says(&nothing, &["hint: a smaller `data.resolution`"]);
+    assert!(!place.path("runs").exists());
+    let keys =
+        ["--set", "training.memory=3.4MB", "--set", "training.dtype=f32", "--set", "training.checkpointing=none"];
+    let error = the_error(&place.train(&with(&keys)), 2);
+    assert_says(&error, &["hint: `--set training.dtype=f32 --set training.checkpointing=selective` fits"]);
+
+    // bf16 would fit with checkpointing none, but f32 comes first.
+    let output = place.train(&with(&["--set", "training.memory=3.4MB"]));
+    let error = the_error(&output, 1);
+    assert_says(&stderr(&output), &["within the 3.4 MB that the run may take: f32, checkpointing selective"]);
+    assert_says(&error, &["stopped after step 1: the run took more memory", "at most 3.4 MB", "checkpointing=full"]);
+    assert_eq!((place.steps_logged(), place.checkpoints()), (1, vec![1]));
+    let config = std::fs::read_to_string(place.run("config.yaml")).unwrap();
+    assert_says(&config, &["checkpointing: selective", "memory: 3400000B", "dtype: auto"]);
+
+    // What was chosen stays; free memory is enough for all of it.
+    let output = place.train_ok(&with(&["--resume", "auto", "--set", "training.memory=auto"]));
+    assert_says(&stderr(&output), &["going on after step 1", "that the run may take: f32, checkpointing selective"]);
+    let raw = |w: &Workplace| std::fs::read(w.run("checkpoints/step-000008/adapter.safetensors")).unwrap();
+    assert!(raw(&place) == raw(&finished()), "the limit reached the weights");
+}
+
 #[test]
 fn images_that_are_left_out_are_named_with_the_reason_and_stay_where_they_are() {
     let place = Workplace::new();

@@ -1,5 +1,7 @@
 //! Sizes of memory, and the limit that a run keeps.
 
+use crate::config::field::{At, Field};
+use crate::config::tree::{Content, Node};
 use crate::error::{Error, Result};
 use serde::Serialize;
 use std::fmt;
@@ -46,6 +48,37 @@ impl fmt::Display for MemorySize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bytes = self.0 as f64;
         if bytes >= 1e9 { write!(f, "{:.1} GB", bytes / 1e9) } else { write!(f, "{:.1} MB", bytes / 1e6) }
+    }
+}
+
+/// `training.memory`: the most that a run may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryLimit {
+    /// What the device has free when the run begins, less a tenth.
+    Auto,
+    /// This much.
+    Size(MemorySize),
+}
+
+impl Field for MemoryLimit {
+    fn kind() -> String {
+        "`auto` or a size such as `24GB` or `16GiB`".into()
+    }
+    fn schema() -> serde_json::Value {
+        serde_json::json!({"type": "string"})
+    }
+    fn read(node: &Node, at: &At) -> Result<Self> {
+        match &node.content {
+            Content::Text(t) if t == "auto" => Ok(Self::Auto),
+            Content::Text(t) => t.parse().map(Self::Size).map_err(|_| at.unexpected(node, Self::kind())),
+            _ => Err(at.unexpected(node, Self::kind())),
+        }
+    }
+    fn write(&self) -> Node {
+        match self {
+            Self::Auto => Node::text("auto"),
+            Self::Size(size) => Node::text(size.exact()),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ pub mod stages;
 pub mod tree;
 pub mod types;
 
-pub use memory::MemorySize;
+pub use memory::{MemoryLimit, MemorySize};
 pub use sections::{
     Data, Evaluation, Filter, Flow, Lora, Loss, LossGate, LossWeights, Model, Pose, Preview, Regions, Save, Target,
     Targets, Training,
@@ -20,8 +20,8 @@ pub use sections::{
 pub use size::ImageSize;
 pub use stages::{Multipliers, SigmaRange, Stage, StageFilter, StageLoss, Stages, Until};
 pub use types::{
-    Betas, Checkpointing, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, Optimizer,
-    Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
+    Betas, Checkpointing, CheckpointingChoice, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting,
+    LrSchedule, Masks, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
 };
 
 use crate::error::{Error, Result};
@@ -69,10 +69,12 @@ section! {
 
 /// Keys that may change between a checkpoint and its resumption: none of them reaches the weights. All others must
 /// stay, `training.max_steps` too, because the learning rate of every step depends on it. (`preview` may change too; it
-/// is not part of what is compared.)
-const MAY_CHANGE: [&str; 9] = [
+/// and `training.memory` are
+/// not part of what is compared.)
+const MAY_CHANGE: [&str; 10] = [
     "output",
     "device",
+    "training.checkpointing",
     "save.every",
     "save.keep",
     "save.dtype",
@@ -127,6 +129,11 @@ impl Config {
                 .expected("`flow.sigma_min` below `flow.sigma_max`", self.flow.sigma_min)
                 .detail(format!("`flow.sigma_max` is {}", self.flow.sigma_max)));
         }
+        if training.checkpointing == CheckpointingChoice::Auto && training.memory.is_none() {
+            return Err(Error::usage("`training.checkpointing: auto` needs to know how much memory there is")
+                .expected("`training.memory` beside it", "none")
+                .hint("`training.memory: auto` takes what is free, `training.memory: 24GB` that much"));
+        }
         self.stages.spans(training.max_steps)?;
         for (_, stage) in self.stages.spans(training.max_steps)? {
             let LossWeights { reconstruction, pose, count } = stage.loss.or(&self.loss.weights);
@@ -171,7 +178,7 @@ impl Config {
         serde_saphyr::to_string(&self.write()).expect("a tree of plain values is YAML")
     }
 
-    /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device` and `preview`,
+    /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device`, `preview` and `training.memory`,
     /// which reach no weight (nor does `loss` where `data.pose_loss_weight` is 0, nor then a `pose` that was left alone), and without paths of this machine (a model or data folder is reduced to its name, the cache folder left out).
     pub fn embedded_json(&self) -> String {
         let mut root = self.embedded();
@@ -210,6 +217,7 @@ impl Config {
         root.remove("output");
         root.remove("device");
         root.remove("preview");
+        root.get_mut("training").expect("a section of the config").remove("memory");
         root.get_mut("data").expect("a section of the config").remove("cache_dir");
         root
     }
@@ -220,6 +228,18 @@ impl Config {
         let mut found = Vec::new();
         compare("", &saved.embedded(), &self.embedded(), &mut found);
         found
+    }
+
+    /// Takes over what this config leaves open and the config of an earlier part of the run has: the compute type, and
+    /// what is kept for the backward pass.
+    pub fn take_over(&mut self, saved: &Config) {
+        let (training, saved) = (&mut self.training, &saved.training);
+        if training.dtype == ComputeDtype::Auto {
+            training.dtype = saved.dtype;
+        }
+        if training.checkpointing == CheckpointingChoice::Auto {
+            training.checkpointing = saved.checkpointing;
+        }
     }
 
     /// The folder for cached latents and embeddings.
@@ -241,6 +261,12 @@ fn fill_in(root: &mut Node, name: &Path) {
     {
         let output = Node::text(format!("runs/{}", stem.to_string_lossy()));
         root.insert("output", Place::Made, output);
+    }
+    if let Some(training) = root.get_mut("training")
+        && training.get("memory").is_some_and(|memory| !matches!(memory.content, tree::Content::Null))
+        && training.get("checkpointing").is_none()
+    {
+        training.insert("checkpointing", Place::Made, CheckpointingChoice::Auto.write());
     }
     if let Some(lora) = root.get_mut("lora")
         && lora.get("alpha").is_none()

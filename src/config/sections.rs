@@ -1,11 +1,12 @@
 //! The sections of the config file. The doc comments are the user's reference: `docs/config.md` is made from them.
 
 use crate::config::field::{At, Field, Range, section};
+use crate::config::memory::MemoryLimit;
 use crate::config::size::ImageSize;
 use crate::config::tree::{Content, Node};
 use crate::config::types::{
-    Betas, Checkpointing, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, Optimizer, Positive, Rank,
-    Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
+    Betas, CheckpointingChoice, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, Optimizer, Positive,
+    Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
 };
 use crate::error::Result;
 use std::path::PathBuf;
@@ -61,8 +62,13 @@ section! {
         /// Compute type. `auto` is bf16 on a GPU and f32 on the CPU. Adapter, optimizer state and loss are always f32.
         dtype: ComputeDtype = ComputeDtype::Auto;
         /// What the forward pass keeps for the backward pass: `none` keeps everything (fastest, most memory), `full`
-        /// only the input of each block, `selective` lies between. The results are the same bit for bit.
-        checkpointing: Checkpointing = Checkpointing::Full;
+        /// only the input of each block, `selective` lies between. The results are the same bit for bit. `auto`, which is
+        /// the default where there is a `memory`, is the fastest that fits.
+        checkpointing: CheckpointingChoice = CheckpointingChoice::Full;
+        /// The most memory that the run may take on its device: `auto` (what is free when it begins, less a tenth), a size,
+        /// or null for no limit. `checkpointing` and `dtype` are chosen to fit where they are left open; a run that nothing
+        /// makes fit is refused, and one that takes more all the same saves and stops.
+        memory: Option<MemoryLimit> = None;
         /// `lora` trains an adapter, `full` all weights of the transformer, which must then be held in f32.
         mode: TrainingMode = TrainingMode::Lora;
     }

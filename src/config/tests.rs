@@ -246,7 +246,7 @@ fn unusual() -> Config {
         "device=cuda:3",
         "training={batch_size: 3, gradient_accumulation: 2, learning_rate: 1.23456789e-7, lr_scheduler: linear, \
          warmup_steps: 3, max_steps: 77, betas: [0.5, 0.95], eps: 1e-6, weight_decay: 0, max_grad_norm: 0, dtype: f32, \
-         checkpointing: selective, mode: full}",
+         checkpointing: selective, memory: 16GiB, mode: full}",
         "lora={rank: 3, alpha: 0.1, rslora: true, init: kaiming, target_modules: ['re:^a\\.\"b', {name: '*', rank: 2}]}",
         "data={path: /d/图片, resolution: [512, 768], default_caption: 'yes', max_sequence_length: 99, \
          caption_dropout: 0.5, caption_weight: 0.3, pose_loss_weight: 2, held_out: 7, prefetch: 9, cache_dir: ~/c, \

@@ -250,6 +250,42 @@ choice! {
 }
 
 choice! {
+    /// What is kept of the forward pass, or that `training.memory` decides it.
+    pub enum CheckpointingChoice {
+        /// The fastest that fits.
+        Auto = "auto",
+        /// As [`Checkpointing::None`].
+        None = "none",
+        /// As [`Checkpointing::Selective`].
+        Selective = "selective",
+        /// As [`Checkpointing::Full`].
+        Full = "full",
+    }
+}
+
+impl CheckpointingChoice {
+    /// The policy; `None` if it is left open.
+    pub fn policy(self) -> Option<Checkpointing> {
+        match self {
+            Self::Auto => None,
+            Self::None => Some(Checkpointing::None),
+            Self::Selective => Some(Checkpointing::Selective),
+            Self::Full => Some(Checkpointing::Full),
+        }
+    }
+}
+
+impl From<Checkpointing> for CheckpointingChoice {
+    fn from(policy: Checkpointing) -> Self {
+        match policy {
+            Checkpointing::None => Self::None,
+            Checkpointing::Selective => Self::Selective,
+            Checkpointing::Full => Self::Full,
+        }
+    }
+}
+
+choice! {
     /// What is trained.
     pub enum TrainingMode {
         /// A LoRA adapter; the model stays frozen.

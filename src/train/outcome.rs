@@ -1,8 +1,8 @@
 //! How a run ended, for people and as JSON.
 
-use crate::config::{Config, TrainingMode};
+use crate::config::{Checkpointing, Config, MemorySize, TrainingMode};
 use crate::error::Result;
-use crate::train::memory::{Budget, Forecast, Step};
+use crate::train::memory::{Budget, Forecast, Settled, Step};
 use crate::train::metrics::HeldOutMetrics;
 use crate::train::run_dir::RunDir;
 use crate::train::setup::{self, RunData};
@@ -86,15 +86,19 @@ pub struct DryRun {
     base_params: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     stages: Vec<String>,
+    dtype: &'static str,
+    checkpointing: Checkpointing,
     #[serde(rename = "memory_bytes")]
     memory: Forecast,
+    #[serde(rename = "memory_limit_bytes", skip_serializing_if = "Option::is_none")]
+    limit: Option<MemorySize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     budget: Option<Budget>,
     notes: Vec<String>,
 }
 
 impl DryRun {
-    /// Counts what would be trained; `memory` is what a step takes, `budget` what the ways to run take.
+    /// Counts what would be trained; `budget` is what the ways to run take.
     ///
     /// Errors: targets that do not fit the model.
     pub fn new(
@@ -102,7 +106,7 @@ impl DryRun {
         data: &RunData,
         course: &Course,
         step: &Step,
-        memory: Forecast,
+        settled: &Settled,
         budget: Option<Budget>,
     ) -> Result<Self> {
         let transformer = step.transformer;
@@ -129,7 +133,10 @@ impl DryRun {
             trainable_params: step.shape.trained,
             base_params,
             stages: course.lines(),
-            memory,
+            dtype: settled.precision.compute.as_str(),
+            checkpointing: settled.checkpointing,
+            memory: settled.forecast.clone(),
+            limit: settled.limit,
             budget,
             notes: data.notices.clone(),
         })
@@ -150,7 +157,10 @@ impl DryRun {
             ("epochs in the run", format!("{:.1}", self.epochs)),
             ("base parameters", format!("{:.1} M", self.base_params as f64 / 1e6)),
             ("trained parameters", format!("{:.2} M{modules}", self.trainable_params as f64 / 1e6)),
+            ("compute type", self.dtype.to_string()),
+            ("checkpointing", self.checkpointing.as_str().to_string()),
             ("memory forecast", self.memory.to_string()),
+            ("memory limit", self.limit.map_or("none".into(), |limit| limit.to_string())),
         ]
     }
 }
@@ -245,9 +255,14 @@ impl fmt::Display for DryRun {
         writeln!(f, "base        {:.1} M parameters", self.base_params as f64 / 1e6)?;
         let modules = if self.modules > 0 { format!(" in {} modules", self.modules) } else { String::new() };
         writeln!(f, "trained     {:.2} M parameters{modules}", self.trainable_params as f64 / 1e6)?;
+        let limit = self.limit.map(|limit| format!(", at most {limit}")).unwrap_or_default();
+        writeln!(f, "runs        in {}, checkpointing {}{limit}", self.dtype, self.checkpointing.as_str())?;
         writeln!(f, "memory      {}", self.memory)?;
         if let Some(budget) = &self.budget {
             budget.to_string().lines().try_for_each(|line| writeln!(f, "            {line}"))?;
+            if !budget.choices.iter().any(|c| c.fits) {
+                writeln!(f, "            nothing fits: {}", Budget::ADVICE)?;
+            }
         }
         write!(f, "dry run: nothing was written")
     }

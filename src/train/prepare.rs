@@ -2,7 +2,7 @@
 //! and most of it before anything is written.
 
 use crate::cache::encode::{CacheRequest, fill_caches};
-use crate::config::{Config, Filter};
+use crate::config::{Checkpointing, Config, Filter};
 use crate::data::{LeftOut, Loader};
 use crate::device;
 use crate::error::Result;
@@ -15,7 +15,7 @@ use crate::report::Page;
 use crate::train::batches::{Batches, TrainBatch};
 use crate::train::held_out::HeldOut;
 use crate::train::interrupt;
-use crate::train::memory::{Budget, Step};
+use crate::train::memory::{Budget, Settled, Step, Watch};
 use crate::train::metrics::MetricsFile;
 use crate::train::outcome::{DryRun, Outcome, Report};
 use crate::train::preview::{self, Previews};
@@ -42,6 +42,8 @@ pub struct Run {
     pub trainable: Trainable,
     /// The optimizer, with the checkpoint's state if there is one.
     pub optimizer: AdamW,
+    /// What the forward pass keeps.
+    pub checkpointing: Checkpointing,
     /// The stages.
     pub course: Course,
     /// Makes batches from the caches.
@@ -70,31 +72,39 @@ impl Run {
         config.check_supported()?;
         let compute = device::open(config.device)?;
         let on_gpu = !compute.device.is_cpu();
-        let precision = setup::precision(config, on_gpu)?;
+        setup::precision(config, on_gpu)?;
         let dir = RunDir::new(&config.output);
-        let start = Start::decide(&dir, config, options.resume)?;
-        let data = RunData::open(config, options)?;
-        let pipeline = ModelSource::resolve(&setup::model_spec(config))?;
+        let mut config = config.clone();
+        let start = Start::decide(&dir, &mut config, options.resume)?;
+        if options.memory.is_some() {
+            // The question is about another memory than this machine's.
+            config.training.memory = None;
+        }
+        let data = RunData::open(&config, options)?;
+        let pipeline = ModelSource::resolve(&setup::model_spec(&config))?;
         let (dataset_hash, base_fingerprint) = (data.dataset.hash(), setup::base_fingerprint(&pipeline)?);
         start.check_inputs(&dir, &dataset_hash, &base_fingerprint)?;
         if let Start::Finished(state) = &start {
             return Ok(Prepared::Nothing(Outcome::AlreadyFinished { dir, step: state.step }));
         }
         setup::check_networks(&pipeline)?;
-        let networks = structured_setup::load(config, &pipeline)?;
+        let networks = structured_setup::load(&config, &pipeline)?;
         let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
-        let course = Course::new(config, &transformer, &data.plans)?;
-        let step = Step::of(config, &data, &transformer, setup::longest_prompt(config, &data.dataset, &pipeline)?)?;
-        let memory = step.forecast(precision, config.training.checkpointing);
-        let budget = options.memory.map(|available| Budget::new(config, &step, on_gpu, available));
-        let dry_run = DryRun::new(config, &data, &course, &step, memory.clone(), budget)?;
+        let course = Course::new(&config, &transformer, &data.plans)?;
+        let text_tokens = setup::longest_prompt(&config, &data.dataset, &pipeline)?;
+        let step = Step::of(&config, &data, &transformer, text_tokens)?;
+        let budget = options.memory.map(|available| Budget::new(&config, &step, on_gpu, available));
+        let settled = Settled::settle(&mut config, &step, &compute.device, matches!(start, Start::Fresh))?;
+        let config = &config;
+        let dry_run = DryRun::new(config, &data, &course, &step, &settled, budget)?;
         if options.dry_run {
             return Ok(Prepared::Nothing(Outcome::DryRun(dry_run)));
         }
         let progress = Progress::new(config.training.max_steps as u64, options.quiet);
         progress.notes(&compute.notes);
         progress.notes(&data.notices);
-        progress.notes(&[format!("memory of a step, as counted: {memory}")]);
+        progress.notes(&[format!("memory of a step, as counted: {}", settled.forecast)]);
+        progress.notes(settled.note().as_slice());
 
         dir.create()?;
         let preview_prompts = preview::prompts(&config.preview);
@@ -161,6 +171,8 @@ impl Run {
             Loader::new(range, config.data.prefetch, move |n| batches.training(&plans.at(n).batch(n)))?
         };
         let dataset = data.dataset;
+        let memory = Watch::new(&settled, &compute.device)?;
+        let checkpointing = settled.checkpointing;
         let record = Record {
             first_step,
             max_steps: config.training.max_steps as u64,
@@ -170,12 +182,23 @@ impl Run {
             held_out,
             metrics,
             progress,
+            memory,
             report,
             page,
             previews,
             saver,
         };
-        Ok(Prepared::Ready(Box::new(Self { model, trainable, optimizer, course, batches, structured, loader, record })))
+        Ok(Prepared::Ready(Box::new(Self {
+            model,
+            trainable,
+            optimizer,
+            checkpointing,
+            course,
+            batches,
+            structured,
+            loader,
+            record,
+        })))
     }
 }
 

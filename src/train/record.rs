@@ -8,6 +8,8 @@ use crate::optim::{AdamW, Parameter};
 use crate::report::Page;
 use crate::train::batches::Batches;
 use crate::train::held_out::HeldOut;
+use crate::train::interrupt;
+use crate::train::memory::Watch;
 use crate::train::metrics::{MetricsFile, StepMetrics};
 use crate::train::outcome::Report;
 use crate::train::preview::Previews;
@@ -38,6 +40,8 @@ pub struct Record {
     pub metrics: MetricsFile,
     /// Bar or lines.
     pub progress: Progress,
+    /// Watches over `training.memory`.
+    pub memory: Watch,
     /// What is said at the end.
     pub report: Report,
     /// `report.html`.
@@ -126,14 +130,25 @@ impl Record {
         }
     }
 
-    /// Ends the run after `done` steps, which are saved, if the user asked for it.
-    pub fn stop_if_asked(&mut self, done: u64, stop: bool) -> Result<()> {
-        if stop && done < self.max_steps {
-            self.progress.end();
-            return Err(Error::interrupted(format!("stopped after step {done} of {}; saved", self.max_steps))
-                .hint("continue with `--resume auto`"));
+    /// Why the run ends after `done` steps, once they are saved: the user asked for it, or it takes more memory than it
+    /// may. None after the last step.
+    pub fn reason_to_stop(&self, done: u64) -> Result<Option<Error>> {
+        if done == self.max_steps {
+            return Ok(None);
         }
-        Ok(())
+        if interrupt::requested() {
+            let stopped = Error::interrupted(format!("stopped after step {done} of {}; saved", self.max_steps));
+            return Ok(Some(stopped.hint("continue with `--resume auto`")));
+        }
+        self.memory.exceeded(done)
+    }
+
+    /// Ends the run, if there is a reason.
+    pub fn stop(&mut self, reason: Option<Error>) -> Result<()> {
+        reason.map_or(Ok(()), |reason| {
+            self.progress.end();
+            Err(reason)
+        })
     }
 
     /// A bad step is never skipped quietly: names the step and its `items`.

@@ -3,7 +3,6 @@
 use crate::config::{Config, MemorySize};
 use crate::error::Result;
 use crate::optim::{Accumulator, clip_grad_norm, learning_rate};
-use crate::train::interrupt;
 use crate::train::metrics::StepTotals;
 use crate::train::outcome::Outcome;
 use crate::train::prepare::{Prepared, Run};
@@ -32,7 +31,8 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         Prepared::Ready(run) => *run,
         Prepared::Nothing(outcome) => return Ok(outcome),
     };
-    let Run { model, trainable, mut optimizer, course, batches, mut structured, mut loader, mut record, .. } = run;
+    let Run { model, trainable, mut optimizer, checkpointing, course, batches, mut structured, mut loader, mut record } =
+        run;
     let params = trainable.parameters();
     let mut accumulator = Accumulator::new(params.len());
 
@@ -48,7 +48,7 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         for _ in 0..config.training.gradient_accumulation {
             let batch = loader.next().expect("the loader has a batch for every step")?;
             let (loss, mut gradients) =
-                forward_backward_with(&model, &batch.noisy, config.training.checkpointing, structured.as_mut())?;
+                forward_backward_with(&model, &batch.noisy, checkpointing, structured.as_mut())?;
             record.check_finite("loss", loss.mean, step, &batch.items)?;
             totals.add(&loss, &batch);
             let gradients = stage.freeze(trainable.names(), trainable.take_gradients(&mut gradients));
@@ -63,10 +63,10 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         let done = step + 1;
         record.step(&totals.metrics(stage.name.as_deref(), done, lr, grad_norm, started.elapsed()))?;
         record.measure_if_due(done, &model, &batches)?;
-        let stop = interrupt::requested();
-        record.save_if_due(done, stop, &trainable, &optimizer, &params, structured.as_ref())?;
-        record.show_if_due(done, stop, &model);
-        record.stop_if_asked(done, stop)?;
+        let stop = record.reason_to_stop(done)?;
+        record.save_if_due(done, stop.is_some(), &trainable, &optimizer, &params, structured.as_ref())?;
+        record.show_if_due(done, stop.is_some(), &model);
+        record.stop(stop)?;
     }
     Ok(Outcome::Finished(record.finish()))
 }

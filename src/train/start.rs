@@ -18,10 +18,11 @@ pub enum Start {
 }
 
 impl Start {
-    /// Looks into the run directory and decides, without changing anything.
+    /// Looks into the run directory and decides, without changing anything there. What `config` leaves open is taken over from
+    /// the config of the run.
     ///
     /// Errors (usage): an existing run without `resume`, another config, no whole checkpoint among those there.
-    pub fn decide(dir: &RunDir, config: &Config, resume: bool) -> Result<Self> {
+    pub fn decide(dir: &RunDir, config: &mut Config, resume: bool) -> Result<Self> {
         let found = dir.look()?;
         if !resume && found != Found::Empty {
             return Err(occupied(dir, &found));
@@ -99,7 +100,7 @@ fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }
 
-fn last_whole(dir: &RunDir, config: &Config, steps: &[u64]) -> Result<Start> {
+fn last_whole(dir: &RunDir, config: &mut Config, steps: &[u64]) -> Result<Start> {
     let mut damage = Vec::new();
     for &step in steps.iter().rev() {
         match Checkpoint::load(&dir.checkpoint(step), &Device::Cpu) {
@@ -119,8 +120,9 @@ fn last_whole(dir: &RunDir, config: &Config, steps: &[u64]) -> Result<Start> {
     Err(error.hint("put back a copy of one, or start a new run with another `output`"))
 }
 
-fn refuse_differences(dir: &RunDir, config: &Config, saved: &str) -> Result<()> {
+fn refuse_differences(dir: &RunDir, config: &mut Config, saved: &str) -> Result<()> {
     let saved = Config::parse(saved, &dir.config(), &[])?;
+    config.take_over(&saved);
     let differences = config.differences(&saved);
     if differences.is_empty() {
         return Ok(());

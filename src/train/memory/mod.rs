@@ -2,6 +2,8 @@
 
 mod budget;
 mod forecast;
+mod limit;
 
 pub use budget::{Budget, Choice};
 pub use forecast::{Forecast, Step, StepShape, feeds_modulation};
+pub use limit::{Settled, Watch};

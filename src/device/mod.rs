@@ -1,5 +1,7 @@
 //! The device that a verb computes on: chosen, opened and described.
 
+pub mod memory;
+
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use candle_core::Device;

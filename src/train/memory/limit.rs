@@ -1,0 +1,115 @@
+//! `training.memory`: choosing how a run works so that it fits, and noticing that it does not.
+
+use crate::config::{Checkpointing, ComputeDtype, Config, MemoryLimit, MemorySize};
+use crate::device::memory::{Peak, free};
+use crate::error::{Error, Result};
+use crate::model::transformer::Precision;
+use crate::train::memory::{Budget, Choice, Forecast, Step};
+use crate::train::setup;
+use candle_core::Device;
+
+/// How a run works, with nothing left open.
+pub struct Settled {
+    /// Types of base and activations.
+    pub precision: Precision,
+    /// What the forward pass keeps.
+    pub checkpointing: Checkpointing,
+    /// What a step takes.
+    pub forecast: Forecast,
+    /// What it may take.
+    pub limit: Option<MemorySize>,
+}
+
+impl Settled {
+    /// Decides what the config leaves open and writes it there. The compute type stays as it is in a run that goes on
+    /// (`fresh` false): its weights were trained in it.
+    ///
+    /// Errors (usage): nothing that the config allows fits; the system does not tell how much memory is free.
+    pub fn settle(config: &mut Config, step: &Step, device: &Device, fresh: bool) -> Result<Self> {
+        let on_gpu = !device.is_cpu();
+        let limit = match config.training.memory {
+            None => None,
+            Some(MemoryLimit::Size(size)) => Some(size),
+            // The rest is for what the forecast does not count.
+            Some(MemoryLimit::Auto) => Some(MemorySize(free(device)? / 10 * 9)),
+        };
+        if let Some(limit) = limit {
+            let budget = Budget::new(config, step, on_gpu, limit);
+            let choice = choose(config, &budget, on_gpu, fresh).ok_or_else(|| too_large(config, &budget))?;
+            let training = &mut config.training;
+            training.checkpointing = choice.checkpointing.into();
+            if training.dtype.resolve(on_gpu) != choice.dtype.resolve(on_gpu) {
+                training.dtype = choice.dtype;
+            }
+        }
+        let precision = setup::precision(config, on_gpu)?;
+        // Open only in a dry run for another machine.
+        let checkpointing = config.training.checkpointing.policy().unwrap_or(Checkpointing::Full);
+        Ok(Self { precision, checkpointing, forecast: step.forecast(precision, checkpointing), limit })
+    }
+
+    /// One line for the user; none without a limit.
+    pub fn note(&self) -> Option<String> {
+        let (dtype, policy) = (self.precision.compute.as_str(), self.checkpointing.as_str());
+        Some(format!("within the {} that the run may take: {dtype}, checkpointing {policy}", self.limit?))
+    }
+}
+
+/// The first way that fits and that the config allows.
+fn choose(config: &Config, budget: &Budget, on_gpu: bool, fresh: bool) -> Option<Choice> {
+    let training = &config.training;
+    // On a GPU `auto` is bf16, the narrowest type there is.
+    let any_type = training.dtype == ComputeDtype::Auto && fresh && !on_gpu;
+    let allowed = |c: &&Choice| {
+        (any_type || c.dtype.resolve(on_gpu) == training.dtype.resolve(on_gpu))
+            && training.checkpointing.policy().is_none_or(|policy| policy == c.checkpointing)
+    };
+    budget.choices.iter().filter(allowed).find(|c| c.fits).copied()
+}
+
+fn too_large(config: &Config, budget: &Budget) -> Error {
+    let of = match config.training.memory {
+        Some(MemoryLimit::Size(_)) => "`training.memory`",
+        _ => "memory that the run may take, nine tenths of what is free",
+    };
+    let error = Error::usage(format!("a training step does not fit into the {} of {of}", budget.available))
+        .detail(budget.to_string());
+    match budget.choices.iter().find(|c| c.fits) {
+        Some(c) => error.hint(format!(
+            "`--set training.dtype={} --set training.checkpointing={}` fits",
+            c.dtype.as_str(),
+            c.checkpointing.as_str()
+        )),
+        None => error.hint(Budget::ADVICE),
+    }
+}
+
+/// Watches over the limit while the run goes on.
+pub struct Watch {
+    limit: Option<MemorySize>,
+    peak: Peak,
+    checkpointing: Checkpointing,
+}
+
+impl Watch {
+    /// Begins to watch.
+    pub fn new(settled: &Settled, device: &Device) -> Result<Self> {
+        Ok(Self { limit: settled.limit, peak: Peak::watch(device)?, checkpointing: settled.checkpointing })
+    }
+
+    /// The error to end the run with after `done` steps, once they are saved; none while it keeps to its limit.
+    pub fn exceeded(&self, done: u64) -> Result<Option<Error>> {
+        let Some(limit) = self.limit else { return Ok(None) };
+        let Some(held) = self.peak.bytes()?.map(MemorySize).filter(|held| *held > limit) else { return Ok(None) };
+        let less = match self.checkpointing {
+            Checkpointing::None => "or with `--set training.checkpointing=selective`, which takes less",
+            Checkpointing::Selective => "or with `--set training.checkpointing=full`, which takes less",
+            Checkpointing::Full => "or begin a new run with a smaller `data.resolution`, `batch_size` or `lora.rank`",
+        };
+        Ok(Some(
+            Error::run(format!("stopped after step {done}: the run took more memory than it may; saved"))
+                .expected(format!("at most {limit}"), held)
+                .hint(format!("continue with `--resume auto` and a larger `training.memory`, {less}")),
+        ))
+    }
+}
