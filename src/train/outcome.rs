@@ -26,7 +26,7 @@ pub enum Outcome {
         step: u64,
     },
     /// Everything was checked and nothing was trained.
-    DryRun(DryRun),
+    DryRun(Box<DryRun>),
 }
 
 /// What a run made.

@@ -98,7 +98,7 @@ impl Run {
         let config = &config;
         let dry_run = DryRun::new(config, &data, &course, &step, &settled, budget)?;
         if options.dry_run {
-            return Ok(Prepared::Nothing(Outcome::DryRun(dry_run)));
+            return Ok(Prepared::Nothing(Outcome::DryRun(Box::new(dry_run))));
         }
         let progress = Progress::new(config.training.max_steps as u64, options.quiet);
         progress.notes(&compute.notes);
