@@ -193,6 +193,20 @@ impl ComputeDtype {
 }
 
 choice! {
+    /// Type in which the frozen base weights are held.
+    pub enum BaseDtype {
+        /// The compute type.
+        Auto = "auto",
+        /// 32-bit floats.
+        F32 = "f32",
+        /// 16-bit floats with the range of f32.
+        Bf16 = "bf16",
+        /// 8-bit integers in blocks of 32 with a 16-bit scale each.
+        Int8 = "int8",
+    }
+}
+
+choice! {
     /// Storage type of the exported adapter.
     pub enum SaveDtype {
         /// 32-bit floats.

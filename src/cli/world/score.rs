@@ -142,6 +142,7 @@ fn recipe(args: &ScoreArgs, prompts: &[(Scene, Caption)], seed: u64, loras: Vec<
         program: PROGRAM.into(),
         model: args.model.clone(),
         revision: None,
+        transformer: None,
         base_fingerprint: String::new(),
         prompts: prompts.iter().map(text).collect(),
         negative_prompt: " ".into(),
