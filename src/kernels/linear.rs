@@ -326,7 +326,7 @@ mod tests {
         }
         let weights: Vec<Tensor> =
             held.iter().map(|w| w.dequantise(DType::F32).unwrap().to_dtype(DType::F64).unwrap()).collect();
-        let twin = |x: &Tensor, t: &[Tensor], w: &Tensor| twin_layer(x, &[&[w.clone()], t].concat(), true);
+        let twin = |x: &Tensor, t: &[Tensor], w: &Tensor| twin_layer(x, &[std::slice::from_ref(w), t].concat(), true);
         check_both(
             &inputs,
             5e-6,
