@@ -93,7 +93,7 @@ fn an_int8_network_is_loaded_without_a_second_copy_of_any_weight() {
     let dir = tempfile::tempdir().unwrap();
     let geometry = Geometry { num_layers: 2, num_heads: 8, head_dim: 128, axes: [16, 56, 56], joint_dim: 128 };
     let options = SynthOptions { geometry, ..SynthOptions::preset(Preset::QwenImage) };
-    if let Err(e) = synth::write(&options, &dir.path().join("pipe")) {
+    if let Err(e) = on_two_threads(|| synth::write(&options, &dir.path().join("pipe"))) {
         assert!(e.to_string().contains("no sparse files"), "{e}");
         return eprintln!("SKIPPED: {e}");
     }
@@ -115,7 +115,7 @@ fn an_int8_network_is_loaded_without_a_second_copy_of_any_weight() {
 }
 
 /// The product with an int8 weight of 64 MiB in f32, forward and backward, takes a panel of 8 MiB beside what the product
-/// with the same weight in f32 takes.
+/// with the same weight in f32 takes, and the copy of it in tiles that the product of a panel of 512 rows makes (2 MB here).
 #[test]
 fn a_product_with_int8_weights_widens_a_panel_at_a_time() {
     let n = 4096;
@@ -137,5 +137,5 @@ fn a_product_with_int8_weights_widens_a_panel_at_a_time() {
             peak
         })
     });
-    assert!(int8 < f32 + (9 << 20), "{int8} bytes, {f32} with f32");
+    assert!(int8 < f32 + (12 << 20), "{int8} bytes, {f32} with f32");
 }

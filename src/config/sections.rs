@@ -6,7 +6,7 @@ use crate::config::size::ImageSize;
 use crate::config::tree::{Content, Node};
 use crate::config::types::{
     BaseDtype, Betas, CheckpointingChoice, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks,
-    Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
+    ModulationChoice, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
 };
 use crate::error::Result;
 use std::path::PathBuf;
@@ -23,6 +23,11 @@ section! {
         /// quantises the matrices of the blocks as they are read, in blocks of 32 values with a scale each: half the memory
         /// of bf16, a quarter of f32; for `training.mode: lora` alone.
         dtype: BaseDtype = BaseDtype::Auto;
+        /// Where the weights of the modulation are, a third of the model: `resident` in memory; `streamed` from the disk, so that
+        /// what they give at the noise levels of the next hundred or so steps is computed ahead, the same bit for bit; or
+        /// `auto`, which streams only where that makes the run fit into `training.memory`. What trains the modulation or
+        /// the time embedding needs them in memory.
+        modulation: ModulationChoice = ModulationChoice::Auto;
         /// Take hub files from the local cache only and never go to the network.
         offline: bool = false;
         /// A file with the transformer, in place of the one in `path`: safetensors in f32, bf16, f16 or fp8 with scales, or

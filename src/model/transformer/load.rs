@@ -1,5 +1,6 @@
 //! Building the transformer from its files, and reaching its linears by name.
 
+use super::ahead::{Ahead, Modulation};
 use super::block::{Attention, Block, FeedForward};
 use super::{Precision, QwenImageTransformer, TimeTextEmbed, TransformerConfig};
 use crate::error::{Error, Result};
@@ -48,7 +49,23 @@ impl QwenImageTransformer {
         Self::check_weights(&config, weights)?;
         let float = |name: &str, shape: &[usize]| weights.get(name, shape, precision.weights, device);
         let int8 = |name: &str, (n, k): (usize, usize)| weights.int8(name, (n, k))?.to_device(device);
-        Self::build_of(config, precision, device, base, float, int8)
+        Self::build_of(config, precision, device, base, None, float, int8)
+    }
+
+    /// [`from_weights`](Self::from_weights) of frozen weights without those of the modulation, which are read when they are
+    /// needed: see [`modulate_ahead`](Self::modulate_ahead). Its linears can carry no adapter.
+    pub fn from_weights_but_modulation(
+        config: TransformerConfig,
+        weights: Weights,
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::check_weights(&config, &weights)?;
+        let weights = Rc::new(weights);
+        let ahead = Some(Ahead::new(weights.clone()));
+        let float = |name: &str, shape: &[usize]| weights.get(name, shape, precision.weights, device);
+        let int8 = |name: &str, (n, k): (usize, usize)| weights.int8(name, (n, k))?.to_device(device);
+        Self::build_of(config, precision, device, BaseWeights::Frozen, ahead, float, int8)
     }
 
     /// Checks from the headers alone that `weights` are a whole transformer of these dimensions.
@@ -95,15 +112,18 @@ impl QwenImageTransformer {
     ) -> Result<Self> {
         let int8 =
             |name: &str, (n, k): (usize, usize)| Int8Matrix::quantise(name, &tensor(name, &[n, k])?)?.to_device(device);
-        Self::build_of(config, precision, device, base, &tensor, int8)
+        Self::build_of(config, precision, device, base, None, &tensor, int8)
     }
 
+    /// With `ahead` the modulation is left out.
+    ///
     /// Errors (usage): weights that are to be trained, in int8.
     fn build_of(
         config: TransformerConfig,
         precision: Precision,
         device: &Device,
         base: BaseWeights,
+        ahead: Option<Ahead>,
         float: impl Fn(&str, &[usize]) -> Result<Tensor>,
         int8: impl Fn(&str, (usize, usize)) -> Result<Int8Matrix>,
     ) -> Result<Self> {
@@ -137,9 +157,10 @@ impl QwenImageTransformer {
             let mlp = |name: &str| -> Result<FeedForward> {
                 Ok(FeedForward { proj: linear(&format!("{name}.net.0.proj"))?, out: linear(&format!("{name}.net.2"))? })
             };
+            let modulation =
+                || Ok::<_, Error>(Modulation { img_mod: linear("img_mod.1")?, txt_mod: linear("txt_mod.1")? });
             Ok(Rc::new(Block {
-                img_mod: linear("img_mod.1")?,
-                txt_mod: linear("txt_mod.1")?,
+                modulation: ahead.is_none().then(modulation).transpose()?,
                 attn: Attention {
                     to_q: linear("attn.to_q")?,
                     to_k: linear("attn.to_k")?,
@@ -173,6 +194,7 @@ impl QwenImageTransformer {
             transformer_blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
             norm_out: linear("norm_out.linear")?,
             proj_out: linear("proj_out")?,
+            ahead,
             last_rotary: RefCell::default(),
             config,
         })

@@ -5,10 +5,10 @@
 //! are filled. Not counted: the program itself (some 30 MB), a VAE that draws previews or serves the structured loss.
 
 use crate::config::{Checkpointing, Config, MemorySize, TrainingMode};
-use crate::data::Bucket;
 use crate::error::Result;
 use crate::kernels::int8::{Int8Matrix, PANEL};
 use crate::model::transformer::{Precision, TransformerConfig};
+use crate::train::ahead::window;
 use crate::train::setup::{self, RunData};
 use candle_core::DType;
 use serde::{Serialize, Serializer};
@@ -80,7 +80,7 @@ impl<'a> Step<'a> {
         let adapted: usize = targets.iter().map(|t| t.rank * (t.in_features + t.out_features)).sum();
         let shape = StepShape {
             batch: training.batch_size.min(data.samples.len()),
-            image_tokens: data.samples.iter().map(|s| image_tokens(s.bucket)).max().unwrap_or_default(),
+            image_tokens: data.samples.iter().map(|s| s.bucket.image_tokens()).max().unwrap_or_default(),
             text_tokens,
             trained: if full { num_params(transformer) } else { adapted },
             ranks_per_block: targets.iter().map(|t| t.rank).sum::<usize>().div_ceil(transformer.num_layers),
@@ -90,8 +90,8 @@ impl<'a> Step<'a> {
         Ok(Self { transformer, mode: training.mode, accumulates, shape })
     }
 
-    /// Counts the step's memory.
-    pub fn forecast(&self, precision: Precision, checkpointing: Checkpointing) -> Forecast {
+    /// Counts the step's memory, with the weights of the modulation in memory or `streamed` from the disk.
+    pub fn forecast(&self, precision: Precision, checkpointing: Checkpointing, streamed: bool) -> Forecast {
         let (config, shape) = (self.transformer, &self.shape);
         let (d, layers) = (config.dim(), config.num_layers);
         let tokens = shape.batch * (shape.image_tokens + shape.text_tokens);
@@ -121,7 +121,8 @@ impl<'a> Step<'a> {
         };
         let bytes = |n: usize| MemorySize(n as u64);
         Forecast {
-            weights: bytes(weight_bytes(config, precision)),
+            weights: bytes(weight_bytes(config, precision, streamed)),
+            modulation: bytes(if streamed { self.tables() * size } else { 0 }),
             adapter: bytes(if self.mode == TrainingMode::Lora { trained } else { 0 }),
             gradients: bytes(if self.accumulates { 2 * trained } else { trained }),
             optimizer: bytes(2 * trained),
@@ -132,8 +133,9 @@ impl<'a> Step<'a> {
 }
 
 /// The base model in memory.
-fn weight_bytes(config: &TransformerConfig, precision: Precision) -> usize {
+fn weight_bytes(config: &TransformerConfig, precision: Precision, streamed: bool) -> usize {
     let bytes = |(name, shape): &(String, Vec<usize>)| match shape[..] {
+        _ if streamed && name.contains("_mod.1.") => 0,
         [n, k] if precision.int8 && name.starts_with("transformer_blocks.") => Int8Matrix::bytes_of((n, k)),
         _ => shape.iter().product::<usize>() * precision.weights.size_in_bytes(),
     };
@@ -150,9 +152,12 @@ pub fn feeds_modulation(name: &str) -> bool {
     name.ends_with("_mod.1") || name.starts_with("time_text_embed.")
 }
 
-/// Tokens of an image of `bucket`: eight pixels a latent, two by two latents a token.
-fn image_tokens(bucket: Bucket) -> usize {
-    (bucket.height() / 16) * (bucket.width() / 16)
+impl Step<'_> {
+    /// Values of the modulation tables of a window of steps: six rows for each stream of each block.
+    fn tables(&self) -> usize {
+        let (d, batch) = (self.transformer.dim(), self.shape.batch);
+        window(d, batch) as usize * batch * self.transformer.num_layers * 2 * 6 * d
+    }
 }
 
 /// Peak memory of a training step by part.
@@ -160,6 +165,8 @@ fn image_tokens(bucket: Bucket) -> usize {
 pub struct Forecast {
     /// The base model.
     pub weights: MemorySize,
+    /// Modulation tables computed ahead, where its weights are on the disk.
+    pub modulation: MemorySize,
     /// Adapter, or nothing when the base itself is trained.
     pub adapter: MemorySize,
     /// Gradients of what is trained: those of a pass, and their sum over passes.
@@ -178,9 +185,10 @@ impl Forecast {
         MemorySize(self.parts().iter().map(|(_, size)| size.0).sum())
     }
 
-    fn parts(&self) -> [(&'static str, MemorySize); 6] {
+    fn parts(&self) -> [(&'static str, MemorySize); 7] {
         [
             ("weights", self.weights),
+            ("modulation", self.modulation),
             ("adapter", self.adapter),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
@@ -232,20 +240,25 @@ pub(super) mod tests {
     #[test]
     fn the_published_model_takes_what_the_arithmetic_says() {
         let published = TransformerConfig::qwen_image();
-        let forecast = |c| megapixel(&published).forecast(Precision::uniform(DType::BF16), c);
+        let forecast = |c| megapixel(&published).forecast(Precision::uniform(DType::BF16), c, false);
         let none = forecast(Checkpointing::None);
         assert!((gigabytes(none.weights) - 40.86).abs() < 0.01);
         assert!((gigabytes(none.adapter) - 0.425).abs() < 0.001);
         assert_eq!(none.optimizer.0, 2 * none.adapter.0);
         assert!((gigabytes(none.activations) - 24.0).abs() < 0.3, "{none}");
         let int8 = Precision::of(BaseDtype::Int8, DType::BF16);
-        let int8 = megapixel(&published).forecast(int8, Checkpointing::Full);
+        let [int8, streamed] = [false, true].map(|s| megapixel(&published).forecast(int8, Checkpointing::Full, s));
         // 20.38 of the 20.43 billion are in matrices of blocks: 17/16 bytes each.
         assert!((gigabytes(int8.weights) - 21.75).abs() < 0.01, "{int8}");
+        assert!(gigabytes(streamed.total()) < 22.0, "{streamed}");
         let full = forecast(Checkpointing::Full);
         assert!((gigabytes(full.activations) - 2.1).abs() < 0.05, "{full}");
         let selective = forecast(Checkpointing::Selective);
         assert!(full.total() < selective.total() && selective.total() < none.total());
+        // The modulation's 60 x 2 x 6 x 3072 x 3073 parameters leave; a sixteenth comes back as tables.
+        let streamed = megapixel(&published).forecast(Precision::uniform(DType::BF16), Checkpointing::Full, true);
+        assert_eq!(none.weights.0 - streamed.weights.0, 60 * 2 * 6 * 3072 * 3073 * 2);
+        assert!((gigabytes(streamed.modulation) - 13.59 / 16.0).abs() < 0.01, "{streamed}");
         let json = serde_json::to_value(&full).unwrap();
         let parts = json.as_object().unwrap().iter().filter(|(part, _)| *part != "total");
         assert_eq!(json["total"].as_u64(), Some(parts.map(|(_, n)| n.as_u64().unwrap()).sum()));
