@@ -261,16 +261,18 @@ fn a_dry_run_reports_and_writes_nothing() {
     assert!(!place.path("runs").exists());
 
     let fits = place.train_ok(&["--dry-run", "--memory", "24GB"]);
-    assert_says(&stdout(&fits), &["in 24.0 GB", "fits           f32    none"]);
+    assert_says(&stdout(&fits), &["in 24.0 GB", "fits           f32    none           resident    "]);
     let json = place.train_ok(&["--dry-run", "--memory", "1.5MB", "--json"]);
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     let (memory, budget) = (&json["found"]["memory_bytes"], &json["found"]["budget"]);
     // A parameter of the tiny model is an f32; the recipe checkpoints fully.
     assert_eq!(memory["weights"].as_u64(), json["found"]["base_params"].as_u64().map(|n| 4 * n));
     let choices = budget["choices"].as_array().unwrap();
-    let full = choices.iter().find(|c| (&c["dtype"], &c["checkpointing"]) == (&"f32".into(), &"full".into())).unwrap();
+    let ways = ["dtype", "checkpointing", "modulation"];
+    let full =
+        choices.iter().find(|c| ways.map(|way| c[way].as_str().unwrap()) == ["f32", "full", "resident"]).unwrap();
     assert_eq!(full["total_bytes"], memory["total"]);
-    assert_eq!((&budget["available_bytes"], choices.len()), (&1_500_000.into(), 6));
+    assert_eq!((&budget["available_bytes"], choices.len()), (&1_500_000.into(), 12));
     assert!(choices.iter().all(|c| c["fits"] == (c["total_bytes"].as_u64() <= Some(1_500_000))));
 }
 
@@ -285,13 +287,16 @@ fn a_run_that_may_take_so_much_memory_chooses_what_fits_and_stops_when_it_takes_
     );
     assert_says(&nothing, &["hint: a smaller `data.resolution`"]);
     assert!(!place.path("runs").exists());
-    let keys =
-        ["--set", "training.memory=3.4MB", "--set", "training.dtype=f32", "--set", "training.checkpointing=none"];
+    let resident = ["--set", "training.memory=3.4MB", "--set", "model.modulation=resident"];
+    let keys = [&resident[..], &["--set", "training.dtype=f32", "--set", "training.checkpointing=none"]].concat();
     let error = the_error(&place.train(&with(&keys)), 2);
-    assert_says(&error, &["hint: `--set training.dtype=f32 --set training.checkpointing=selective` fits"]);
+    assert_says(
+        &error,
+        &["hint: `--set training.dtype=f32 --set training.checkpointing=none --set model.modulation=streamed` fits"],
+    );
 
     // bf16 would fit with checkpointing none, but f32 comes first.
-    let output = place.train(&with(&["--set", "training.memory=3.4MB"]));
+    let output = place.train(&with(&resident));
     let error = the_error(&output, 1);
     assert_says(&stderr(&output), &["within the 3.4 MB that the run may take: f32, checkpointing selective"]);
     assert_says(&error, &["stopped after step 1: the run took more memory", "at most 3.4 MB", "checkpointing=full"]);
@@ -304,6 +309,28 @@ fn a_run_that_may_take_so_much_memory_chooses_what_fits_and_stops_when_it_takes_
     assert_says(&stderr(&output), &["going on after step 1", "that the run may take: f32, checkpointing selective"]);
     let raw = |w: &Workplace| std::fs::read(w.run("checkpoints/step-000008/adapter.safetensors")).unwrap();
     assert!(raw(&place) == raw(&finished()), "the limit reached the weights");
+}
+
+/// A window of the tiny model has two batches: the weights are read again and again, between them for the held-out loss.
+#[test]
+fn modulation_that_is_streamed_from_the_disk_changes_no_bit() {
+    let place = Workplace::new();
+    let preview = ["--set", "preview={every: 4, prompts: [a cat], steps: 2, size: 32x32}"];
+    let streamed = place.train_ok(&with(&[&preview[..], &["--set", "model.modulation=streamed"]].concat()));
+    assert_says(&stderr(&streamed), &[" modulation "]);
+    let plain = Workplace::new();
+    plain.train_ok(&with(&preview));
+    assert_eq!(place.metrics(), plain.metrics());
+    let (ours, theirs) = (place.snapshot(), plain.snapshot());
+    for name in ["adapter.safetensors", "checkpoints/step-000008/optimizer.safetensors", "samples/step-000008/1-0.png"]
+    {
+        assert!(ours[&PathBuf::from(name)] == theirs[&PathBuf::from(name)], "{name} differs");
+    }
+
+    let place = Workplace::new();
+    let adapted = ["--set", "model.modulation=streamed", "--set", "lora.target_modules=[qkv, modulation.text]"];
+    let error = the_error(&place.train(&with(&adapted)), 2);
+    assert_says(&error, &["`model.modulation: streamed` leaves weights on the disk that this run trains"]);
 }
 
 #[test]

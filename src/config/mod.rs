@@ -21,7 +21,8 @@ pub use size::ImageSize;
 pub use stages::{Multipliers, SigmaRange, Stage, StageFilter, StageLoss, Stages, Until};
 pub use types::{
     Betas, Checkpointing, CheckpointingChoice, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting,
-    LrSchedule, Masks, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
+    LrSchedule, Masks, ModulationChoice, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling,
+    TrainingMode,
 };
 
 use crate::error::{Error, Result};
@@ -69,7 +70,7 @@ section! {
 
 /// Keys that may change between a checkpoint and its resumption: none of them reaches the weights. All others must
 /// stay, `training.max_steps` too, because the learning rate of every step depends on it. (`preview` may change too; it
-/// and `training.memory` are
+/// `training.memory` and `model.modulation` are
 /// not part of what is compared.)
 const MAY_CHANGE: [&str; 10] = [
     "output",
@@ -178,7 +179,7 @@ impl Config {
         serde_saphyr::to_string(&self.write()).expect("a tree of plain values is YAML")
     }
 
-    /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device`, `preview` and `training.memory`,
+    /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device`, `preview`, `training.memory` and `model.modulation`,
     /// which reach no weight (nor does `loss` where `data.pose_loss_weight` is 0, nor then a `pose` that was left alone), and without paths of this machine (a model or data folder is reduced to its name, the cache folder left out).
     pub fn embedded_json(&self) -> String {
         let mut root = self.embedded();
@@ -218,6 +219,7 @@ impl Config {
         root.remove("device");
         root.remove("preview");
         root.get_mut("training").expect("a section of the config").remove("memory");
+        root.get_mut("model").expect("a section of the config").remove("modulation");
         root.get_mut("data").expect("a section of the config").remove("cache_dir");
         root
     }

@@ -5,8 +5,8 @@ use crate::config::memory::MemoryLimit;
 use crate::config::size::ImageSize;
 use crate::config::tree::{Content, Node};
 use crate::config::types::{
-    Betas, CheckpointingChoice, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, Optimizer, Positive,
-    Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
+    Betas, CheckpointingChoice, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, ModulationChoice,
+    Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
 };
 use crate::error::Result;
 use std::path::PathBuf;
@@ -21,6 +21,11 @@ section! {
         revision: Option<String> = None;
         /// Type in which the frozen weights are held; `auto` is the compute type `training.dtype`.
         dtype: ComputeDtype = ComputeDtype::Auto;
+        /// Where the weights of the modulation are, a third of the model: `resident` in memory; `streamed` from the disk, so that
+        /// what they give at the noise levels of the next hundred or so steps is computed ahead, the same bit for bit; or
+        /// `auto`, which streams only where that makes the run fit into `training.memory`. What trains the modulation or
+        /// the time embedding needs them in memory.
+        modulation: ModulationChoice = ModulationChoice::Auto;
         /// Take hub files from the local cache only and never go to the network.
         offline: bool = false;
         /// A file with the transformer, in place of the one in `path`.

@@ -193,6 +193,18 @@ impl ComputeDtype {
 }
 
 choice! {
+    /// Where the weights of the modulation are.
+    pub enum ModulationChoice {
+        /// In memory, or on the disk where only that fits into `training.memory`.
+        Auto = "auto",
+        /// In memory.
+        Resident = "resident",
+        /// On the disk; what they give is computed ahead.
+        Streamed = "streamed",
+    }
+}
+
+choice! {
     /// Storage type of the exported adapter.
     pub enum SaveDtype {
         /// 32-bit floats.

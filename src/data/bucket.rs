@@ -36,6 +36,11 @@ impl Bucket {
         self.width
     }
 
+    /// Tokens of the image in the transformer: eight pixels a latent, two by two latents a token.
+    pub fn image_tokens(self) -> usize {
+        (self.height / SIDE_STEP) * (self.width / SIDE_STEP)
+    }
+
     /// Width over height.
     pub fn aspect(self) -> f64 {
         self.width as f64 / self.height as f64

@@ -32,14 +32,21 @@ impl Denoiser<'_> {
         step_done: impl FnMut(usize),
     ) -> Result<Tensor> {
         let sigmas = self.scheduler.inference_sigmas(steps, noise.dims3()?.1);
+        // The last one is where the loop ends.
+        let passes: Vec<Vec<f32>> = sigmas.iter().map(|&sigma| self.timesteps(sigma, prompt.lengths.len())).collect();
+        let _held = self.transformer.modulate_ahead(&passes)?;
         let predict = |latents: &Tensor, sigma: f32, prompt: &PromptBatch| self.predict(latents, sigma, prompt);
         denoise(noise, &sigmas, prompt, guidance, predict, step_done)
     }
 
+    /// The network's noise levels: through the timestep and back, as the original does.
+    fn timesteps(&self, sigma: f32, samples: usize) -> Vec<f32> {
+        vec![self.scheduler.timestep(sigma) / 1000.0; samples]
+    }
+
     /// The velocity (B, S, C) in f32 on the CPU at one noise level.
     fn predict(&self, latents: &Tensor, sigma: f32, prompt: &PromptBatch) -> Result<Tensor> {
-        // Through the timestep and back, as the original does.
-        let timesteps = vec![self.scheduler.timestep(sigma) / 1000.0; prompt.lengths.len()];
+        let timesteps = self.timesteps(sigma, prompt.lengths.len());
         let inputs = Inputs {
             hidden_states: latents,
             encoder_hidden_states: &prompt.embeds,

@@ -79,9 +79,7 @@ impl Batches {
         let batch = self.samples.batch(planned)?;
         let tokens = image_tokens(&batch);
         let levels = self.stage_sigmas.at(planned.step);
-        let sigma =
-            |&item: &usize| levels.draw(&mut Stream::new(self.seed, planned.step, item as u64, Purpose::Sigma), tokens);
-        let sigmas: Vec<f64> = batch.items.iter().map(sigma).collect();
+        let sigmas = self.draw(planned, tokens);
         // Per batch, because the noise levels depend on the image size.
         let weighting = Weighting::new(self.weighting, |q| levels.quantile(q, tokens));
         let weights = sigmas.iter().zip(&batch.caption_dropped);
@@ -99,10 +97,31 @@ impl Batches {
         })
     }
 
+    /// A noise level for each sample of `planned`.
+    fn draw(&self, planned: &PlannedBatch, image_tokens: usize) -> Vec<f64> {
+        let levels = self.stage_sigmas.at(planned.step);
+        let stream = |item: usize| Stream::new(self.seed, planned.step, item as u64, Purpose::Sigma);
+        planned.items.iter().map(|item| levels.draw(&mut stream(item.item), image_tokens)).collect()
+    }
+
+    /// The noise levels that [`training`](Self::training) will draw for `planned`, as the network gets them.
+    pub fn levels(&self, planned: &PlannedBatch) -> Vec<f32> {
+        self.draw(planned, planned.bucket.image_tokens()).into_iter().map(|s| s as f32).collect()
+    }
+
+    /// Those of [`held_out`](Self::held_out).
+    pub fn held_out_levels(&self, planned: &PlannedBatch, index: usize, count: usize) -> Vec<f32> {
+        vec![self.held_out_level(planned.bucket.image_tokens(), index, count) as f32; planned.items.len()]
+    }
+
+    fn held_out_level(&self, image_tokens: usize, index: usize, count: usize) -> f64 {
+        self.sigmas.quantile((index as f64 + 0.5) / count as f64, image_tokens)
+    }
+
     /// A held-out batch at quantile `(index + 1/2) / count` of the noise levels, always with the same noise.
     pub fn held_out(&self, planned: &PlannedBatch, index: usize, count: usize) -> Result<NoisyBatch> {
         let batch = self.samples.batch(planned)?;
-        let sigma = self.sigmas.quantile((index as f64 + 0.5) / count as f64, image_tokens(&batch));
+        let sigma = self.held_out_level(image_tokens(&batch), index, count);
         let sigmas = vec![sigma; batch.len()];
         self.mix(&batch, &sigmas, vec![1.0; batch.len()], |item| (index as u64, item, Purpose::HeldOut))
     }

@@ -27,6 +27,10 @@ impl HeldOut {
 
     /// Measures after `step` steps.
     pub fn measure(&self, model: &QwenImageTransformer, batches: &Batches, step: u64) -> Result<HeldOutMetrics> {
+        let levels = |index: usize| {
+            self.batches.iter().map(move |planned| batches.held_out_levels(planned, index, self.num_sigmas))
+        };
+        let _held = model.modulate_ahead(&(0..self.num_sigmas).flat_map(levels).collect::<Vec<_>>())?;
         let mut by_sigma = Vec::with_capacity(self.num_sigmas);
         for index in 0..self.num_sigmas {
             let (mut sum, mut samples) = (0.0, 0);

@@ -1,5 +1,6 @@
 //! Training: what is trained, one step, the run.
 
+pub mod ahead;
 pub mod batches;
 pub mod bench;
 pub mod checkpoint;

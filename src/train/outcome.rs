@@ -1,6 +1,6 @@
 //! How a run ended, for people and as JSON.
 
-use crate::config::{Checkpointing, Config, MemorySize, TrainingMode};
+use crate::config::{Checkpointing, Config, MemorySize, ModulationChoice, TrainingMode};
 use crate::error::Result;
 use crate::train::memory::{Budget, Forecast, Settled, Step};
 use crate::train::metrics::HeldOutMetrics;
@@ -88,6 +88,7 @@ pub struct DryRun {
     stages: Vec<String>,
     dtype: &'static str,
     checkpointing: Checkpointing,
+    modulation: ModulationChoice,
     #[serde(rename = "memory_bytes")]
     memory: Forecast,
     #[serde(rename = "memory_limit_bytes", skip_serializing_if = "Option::is_none")]
@@ -135,6 +136,7 @@ impl DryRun {
             stages: course.lines(),
             dtype: settled.precision.compute.as_str(),
             checkpointing: settled.checkpointing,
+            modulation: settled.modulation(),
             memory: settled.forecast.clone(),
             limit: settled.limit,
             budget,
@@ -159,6 +161,7 @@ impl DryRun {
             ("trained parameters", format!("{:.2} M{modules}", self.trainable_params as f64 / 1e6)),
             ("compute type", self.dtype.to_string()),
             ("checkpointing", self.checkpointing.as_str().to_string()),
+            ("modulation", self.modulation.as_str().to_string()),
             ("memory forecast", self.memory.to_string()),
             ("memory limit", self.limit.map_or("none".into(), |limit| limit.to_string())),
         ]
@@ -256,7 +259,8 @@ impl fmt::Display for DryRun {
         let modules = if self.modules > 0 { format!(" in {} modules", self.modules) } else { String::new() };
         writeln!(f, "trained     {:.2} M parameters{modules}", self.trainable_params as f64 / 1e6)?;
         let limit = self.limit.map(|limit| format!(", at most {limit}")).unwrap_or_default();
-        writeln!(f, "runs        in {}, checkpointing {}{limit}", self.dtype, self.checkpointing.as_str())?;
+        let (policy, modulation) = (self.checkpointing.as_str(), self.modulation.as_str());
+        writeln!(f, "runs        in {}, checkpointing {policy}, modulation {modulation}{limit}", self.dtype)?;
         writeln!(f, "memory      {}", self.memory)?;
         if let Some(budget) = &self.budget {
             budget.to_string().lines().try_for_each(|line| writeln!(f, "            {line}"))?;

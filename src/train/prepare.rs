@@ -3,7 +3,7 @@
 
 use crate::cache::encode::{CacheRequest, fill_caches};
 use crate::config::{Checkpointing, Config, Filter};
-use crate::data::{LeftOut, Loader};
+use crate::data::{LeftOut, Loader, Plan};
 use crate::device;
 use crate::error::Result;
 use crate::flow::FlowMatchEuler;
@@ -26,7 +26,7 @@ use crate::train::run::Options;
 use crate::train::run_dir::RunDir;
 use crate::train::save::Saver;
 use crate::train::setup::{self, RunData};
-use crate::train::stages::Course;
+use crate::train::stages::{Course, Timeline};
 use crate::train::start::Start;
 use crate::train::structured::Structured;
 use crate::train::structured_setup;
@@ -46,6 +46,8 @@ pub struct Run {
     pub checkpointing: Checkpointing,
     /// The stages.
     pub course: Course,
+    /// The plan of each batch.
+    pub plans: Arc<Timeline<Arc<Plan>>>,
     /// Makes batches from the caches.
     pub batches: Arc<Batches>,
     /// The structured loss; none where it is off.
@@ -127,7 +129,7 @@ impl Run {
         progress.notes(&prepared.notes);
         let (mut structured, guide) = prepared.loss.unzip();
 
-        let (mut model, trainable) = setup::load_network(config, &pipeline, &start, &compute.device)?;
+        let (mut model, trainable) = setup::load_network(config, &pipeline, &start, &compute.device, settled.streamed)?;
         // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
         let yaml = config.to_yaml();
         write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;
@@ -164,8 +166,9 @@ impl Run {
         }
         let page = Page::new(config, &dir, dry_run.facts(), &course);
         let report = Report::new(config, &dir, &trainable, first_step);
+        let plans = Arc::new(data.plans);
         let loader = {
-            let (plans, batches) = (data.plans, batches.clone());
+            let (plans, batches) = (plans.clone(), batches.clone());
             let accumulation = config.training.gradient_accumulation as u64;
             let range = first_step * accumulation..config.training.max_steps as u64 * accumulation;
             Loader::new(range, config.data.prefetch, move |n| batches.training(&plans.at(n).batch(n)))?
@@ -194,6 +197,7 @@ impl Run {
             optimizer,
             checkpointing,
             course,
+            plans,
             batches,
             structured,
             loader,

@@ -3,6 +3,7 @@
 use crate::config::{Config, MemorySize};
 use crate::error::Result;
 use crate::optim::{Accumulator, clip_grad_norm, learning_rate};
+use crate::train::ahead::Ahead;
 use crate::train::metrics::StepTotals;
 use crate::train::outcome::Outcome;
 use crate::train::prepare::{Prepared, Run};
@@ -31,9 +32,20 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
         Prepared::Ready(run) => *run,
         Prepared::Nothing(outcome) => return Ok(outcome),
     };
-    let Run { model, trainable, mut optimizer, checkpointing, course, batches, mut structured, mut loader, mut record } =
-        run;
+    let Run {
+        model,
+        trainable,
+        mut optimizer,
+        checkpointing,
+        course,
+        plans,
+        batches,
+        mut structured,
+        mut loader,
+        mut record,
+    } = run;
     let params = trainable.parameters();
+    let mut ahead = Ahead::new(&model, &batches, &plans, &config.training);
     let mut accumulator = Accumulator::new(params.len());
 
     record.begin(&model, &batches)?;
@@ -45,7 +57,8 @@ pub fn train(config: &Config, options: Options) -> Result<Outcome> {
             structured.set_weights(stage.terms);
         }
         let mut totals = StepTotals::default();
-        for _ in 0..config.training.gradient_accumulation {
+        for pass in 0..config.training.gradient_accumulation {
+            ahead.reach(step, pass)?;
             let batch = loader.next().expect("the loader has a batch for every step")?;
             let (loss, mut gradients) =
                 forward_backward_with(&model, &batch.noisy, checkpointing, structured.as_mut())?;

@@ -169,12 +169,13 @@ pub fn check_networks(pipeline: &PipelineFolder) -> Result<()> {
     TextEncoder::from_weights(text_encoder, pipeline.text_encoder.open()?, Residency::Streamed).map(|_| ())
 }
 
-/// Loads the transformer onto `device` and puts on it what is trained: fresh, or as a checkpoint left it.
+/// Loads the transformer onto `device`, its modulation left on the disk if `streamed`, and puts on it what is trained: fresh, or as a checkpoint left it.
 pub fn load_network(
     config: &Config,
     pipeline: &PipelineFolder,
     start: &Start,
     device: &Device,
+    streamed: bool,
 ) -> Result<(QwenImageTransformer, Trainable)> {
     let files = &pipeline.transformer;
     let transformer = TransformerConfig::from_file(&files.config)?;
@@ -186,13 +187,12 @@ pub fn load_network(
     match config.training.mode {
         TrainingMode::Lora => {
             let targets = targets(config, &transformer)?;
-            let mut model = QwenImageTransformer::from_weights(
-                transformer,
-                &files.open()?,
-                precision,
-                device,
-                BaseWeights::Frozen,
-            )?;
+            let weights = files.open()?;
+            let mut model = if streamed {
+                QwenImageTransformer::from_weights_but_modulation(transformer, weights, precision, device)?
+            } else {
+                QwenImageTransformer::from_weights(transformer, &weights, precision, device, BaseWeights::Frozen)?
+            };
             let init = match config.lora.init {
                 LoraInit::Gaussian => Init::Gaussian,
                 LoraInit::Kaiming => Init::KaimingUniform,

@@ -2,6 +2,7 @@
 //!
 //! Letters: B samples, S_img and S_txt tokens, D the model's width, R rows of the modulation tables.
 
+use super::ahead::{Modulation, table};
 use crate::error::Result;
 use crate::kernels::Value;
 use crate::kernels::attention::{Stream, joint_attention};
@@ -20,8 +21,8 @@ pub(super) const EPS: f32 = 1e-6;
 ///
 /// Source: <https://github.com/huggingface/diffusers/blob/v0.35.1/src/diffusers/models/transformers/transformer_qwenimage.py#L325>
 pub struct Block {
-    pub(super) img_mod: Linear,
-    pub(super) txt_mod: Linear,
+    /// `img_mod.1` and `txt_mod.1`; none where their outputs are computed ahead.
+    pub(super) modulation: Option<Modulation>,
     pub(super) attn: Attention,
     pub(super) img_mlp: FeedForward,
     pub(super) txt_mlp: FeedForward,
@@ -74,20 +75,21 @@ const GATE: usize = 2;
 const MLP: usize = 3;
 
 impl Block {
-    /// `img` (B, S_img, D), `txt` (B, S_txt, D), `temb_img` (R, D), `temb_txt` (B, D) -> `img`, `txt`.
+    /// `img` (B, S_img, D), `txt` (B, S_txt, D), `time_img` (R, D), `time_txt` (B, D) -> `img`, `txt`.
     ///
+    /// A block without its modulation takes the tables (R, 6, D) and (B, 6, D) in place of the two time embeddings.
     /// With `drop_text` the text stream ends in this block's attention: nobody reads what the last block makes of it,
     /// and the text that is returned is the one that came in.
     pub(super) fn forward(
         self: &Rc<Self>,
-        [img, txt, temb_img, temb_txt]: [&Value; 4],
+        [img, txt, time_img, time_txt]: [&Value; 4],
         context: &Rc<Context>,
         keeps: Keeps,
         drop_text: bool,
     ) -> Result<[Value; 2]> {
         let (block, context) = (self.clone(), context.clone());
         let whole = move |v: &[Value]| block.halves(v, &context, keeps.mlp, drop_text);
-        pair(segment(keeps.block, &[img, txt, temb_img, temb_txt], self.has_leaves(), whole)?)
+        pair(segment(keeps.block, &[img, txt, time_img, time_txt], self.has_leaves(), whole)?)
     }
 
     fn halves(
@@ -97,12 +99,11 @@ impl Block {
         keep_mlp: Keep,
         drop_text: bool,
     ) -> Result<Vec<Value>> {
-        let [img, txt, temb_img, temb_txt] = v else { unreachable!("forward passes four values") };
-        let mods = |linear: &Linear, temb: &Value| {
-            let flat = linear.forward_activated(temb, Activation::Silu)?; // (R, 6 D)
-            flat.reshape((temb.dims()[0], 6, temb.dims()[1]))
+        let [img, txt, time_img, time_txt] = v else { unreachable!("forward passes four values") };
+        let (img_mods, txt_mods) = match &self.modulation {
+            Some(linears) => (table(&linears.img_mod, time_img)?, table(&linears.txt_mod, time_txt)?),
+            None => (time_img.clone(), time_txt.clone()),
         };
-        let (img_mods, txt_mods) = (mods(&self.img_mod, temb_img)?, mods(&self.txt_mod, temb_txt)?);
 
         let (block, ctx) = (self.clone(), context.clone());
         let attention = move |v: &[Value]| block.attention(v, &ctx, drop_text);
@@ -160,11 +161,11 @@ impl Block {
         self.linears().into_iter().any(|(_, l)| leaf(l))
     }
 
-    pub(super) fn linears(&self) -> [(&'static str, &Linear); 14] {
+    /// The linears that are in memory.
+    pub(super) fn linears(&self) -> Vec<(&'static str, &Linear)> {
         let a = &self.attn;
-        [
-            ("img_mod.1", &self.img_mod),
-            ("txt_mod.1", &self.txt_mod),
+        let modulation = self.modulation.iter().flat_map(|m| [("img_mod.1", &m.img_mod), ("txt_mod.1", &m.txt_mod)]);
+        let others = [
             ("attn.to_q", &a.to_q),
             ("attn.to_k", &a.to_k),
             ("attn.to_v", &a.to_v),
@@ -177,14 +178,15 @@ impl Block {
             ("img_mlp.net.2", &self.img_mlp.out),
             ("txt_mlp.net.0.proj", &self.txt_mlp.proj),
             ("txt_mlp.net.2", &self.txt_mlp.out),
-        ]
+        ];
+        modulation.chain(others).collect()
     }
 
     pub(super) fn linear_mut(&mut self, name: &str) -> Option<&mut Linear> {
         let a = &mut self.attn;
         Some(match name {
-            "img_mod.1" => &mut self.img_mod,
-            "txt_mod.1" => &mut self.txt_mod,
+            "img_mod.1" => &mut self.modulation.as_mut()?.img_mod,
+            "txt_mod.1" => &mut self.modulation.as_mut()?.txt_mod,
             "attn.to_q" => &mut a.to_q,
             "attn.to_k" => &mut a.to_k,
             "attn.to_v" => &mut a.to_v,

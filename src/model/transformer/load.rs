@@ -1,8 +1,9 @@
 //! Building the transformer from its files, and reaching its linears by name.
 
+use super::ahead::{Ahead, Modulation};
 use super::block::{Attention, Block, FeedForward};
 use super::{Precision, QwenImageTransformer, TimeTextEmbed, TransformerConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::io::Weights;
 use crate::kernels::Value;
 use crate::kernels::linear::{Linear, Lora};
@@ -46,6 +47,22 @@ impl QwenImageTransformer {
         Self::build(config, precision, device, base, |name, shape| weights.get(name, shape, precision.weights, device))
     }
 
+    /// [`from_weights`](Self::from_weights) of frozen weights without those of the modulation, which are read when they are
+    /// needed: see [`modulate_ahead`](Self::modulate_ahead). Its linears can carry no adapter.
+    pub fn from_weights_but_modulation(
+        config: TransformerConfig,
+        weights: Weights,
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::check_weights(&config, &weights)?;
+        let weights = Rc::new(weights);
+        let ahead = Some(Ahead::new(weights.clone()));
+        Self::build_with(config, precision, device, BaseWeights::Frozen, ahead, |name, shape| {
+            weights.get(name, shape, precision.weights, device)
+        })
+    }
+
     /// Checks from the headers alone that `weights` are a whole transformer of these dimensions.
     pub fn check_weights(config: &TransformerConfig, weights: &Weights) -> Result<()> {
         weights.check(&config.tensors(), may_ignore)
@@ -87,6 +104,18 @@ impl QwenImageTransformer {
         base: BaseWeights,
         tensor: impl Fn(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
+        Self::build_with(config, precision, device, base, None, tensor)
+    }
+
+    /// [`build`](Self::build); with `ahead` the modulation is left out.
+    fn build_with(
+        config: TransformerConfig,
+        precision: Precision,
+        device: &Device,
+        base: BaseWeights,
+        ahead: Option<Ahead>,
+        tensor: impl Fn(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Self> {
         let shapes: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
         let value = |name: &str| -> Result<Value> {
             let tensor = tensor(name, &shapes[name])?;
@@ -105,9 +134,10 @@ impl QwenImageTransformer {
             let mlp = |name: &str| -> Result<FeedForward> {
                 Ok(FeedForward { proj: linear(&format!("{name}.net.0.proj"))?, out: linear(&format!("{name}.net.2"))? })
             };
+            let modulation =
+                || Ok::<_, Error>(Modulation { img_mod: linear("img_mod.1")?, txt_mod: linear("txt_mod.1")? });
             Ok(Rc::new(Block {
-                img_mod: linear("img_mod.1")?,
-                txt_mod: linear("txt_mod.1")?,
+                modulation: ahead.is_none().then(modulation).transpose()?,
                 attn: Attention {
                     to_q: linear("attn.to_q")?,
                     to_k: linear("attn.to_k")?,
@@ -141,6 +171,7 @@ impl QwenImageTransformer {
             transformer_blocks: (0..config.num_layers).map(block).collect::<Result<_>>()?,
             norm_out: linear("norm_out.linear")?,
             proj_out: linear("proj_out")?,
+            ahead,
             last_rotary: RefCell::default(),
             config,
         })

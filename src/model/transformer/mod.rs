@@ -3,12 +3,14 @@
 //! Letters: B samples, S_img and S_txt tokens, D the model's width, R rows of a modulation table (B, or 2 B where
 //! condition images are modulated as at time 0).
 
+mod ahead;
 mod block;
 mod config;
 mod load;
 mod positions;
 
 pub use crate::config::Checkpointing;
+pub use ahead::{Held, Modulation};
 pub use block::{Block, Context};
 pub use config::TransformerConfig;
 pub use load::BaseWeights;
@@ -23,6 +25,7 @@ use crate::kernels::math::Activation;
 use crate::kernels::modulation::TokenRows;
 use crate::kernels::norm::{modulated_norm, rms_norm};
 use crate::kernels::rope::Rope;
+use ahead::Ahead;
 use block::{EPS, Keeps};
 use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
@@ -58,6 +61,8 @@ pub struct QwenImageTransformer {
     transformer_blocks: Vec<Rc<Block>>,
     norm_out: Linear,
     proj_out: Linear,
+    /// Where the blocks have no modulation: its weights on the disk, and what was computed of them.
+    ahead: Option<Ahead>,
     /// The rotary tables of the last forward pass: most passes have the shapes of the one before.
     last_rotary: RefCell<Option<Rotary>>,
 }
@@ -136,13 +141,15 @@ impl QwenImageTransformer {
 
         let temb = self.time_text_embed.forward(inputs.timesteps, inputs.additional_t_cond, compute, &self.device)?; // (B, D)
         let is_condition = condition_tokens(&self.config, inputs.image_shapes);
-        let (temb_img, rows_img) = match is_condition {
-            None => (temb.clone(), TokenRows::per_sample(batch, img.dims()[1])),
+        let tables_txt = self.tables(inputs.timesteps, inputs.additional_t_cond)?;
+        let (temb_img, tables_img, rows_img) = match is_condition {
+            None => (temb.clone(), tables_txt.clone(), TokenRows::per_sample(batch, img.dims()[1])),
             Some(flags) => {
                 let times: Vec<f32> = inputs.timesteps.iter().copied().chain(std::iter::repeat_n(0.0, batch)).collect();
                 let conditions = inputs.additional_t_cond.map(|c| [c, c].concat());
                 let both = self.time_text_embed.forward(&times, conditions.as_deref(), compute, &self.device)?;
-                (both, TokenRows::with_conditions(batch, flags)) // (2 B, D)
+                let tables = self.tables(&times, conditions.as_deref())?;
+                (both, tables, TokenRows::with_conditions(batch, flags)) // (2 B, D)
             }
         };
         let (rope_img, rope_txt) = self.rotary(inputs.image_shapes, txt.dims()[1]);
@@ -168,7 +175,11 @@ impl QwenImageTransformer {
         };
         for (i, block) in self.transformer_blocks.iter().enumerate() {
             let is_last = i + 1 == self.transformer_blocks.len();
-            [img, txt] = block.forward([&img, &txt, &temb_img, &temb], &context, keeps, is_last && drop_text)?;
+            let [time_img, time_txt] = match (&tables_img, &tables_txt) {
+                (Some(img), Some(txt)) => [&img[i][0], &txt[i][1]],
+                _ => [&temb_img, &temb],
+            };
+            [img, txt] = block.forward([&img, &txt, time_img, time_txt], &context, keeps, is_last && drop_text)?;
             observe(&format!("block{i}_img"), img.tensor());
             observe(&format!("block{i}_txt"), txt.tensor());
         }

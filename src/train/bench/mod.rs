@@ -208,7 +208,7 @@ pub fn bench(
             trains_modulation: targets.iter().any(|t| feeds_modulation(&t.name)),
         },
     };
-    let forecast = step.forecast(model.precision(), shape.checkpointing).total();
+    let forecast = step.forecast(model.precision(), shape.checkpointing, false).total();
     let peak = matmul_peak(&device, model.precision().compute)?;
     let flops = StepFlops::new(&config, shape, targets.iter().map(|t| t.in_features + t.out_features).sum());
     let base_params: usize = config.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();

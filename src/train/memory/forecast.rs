@@ -5,9 +5,9 @@
 //! are filled. Not counted: the program itself (some 30 MB), a VAE that draws previews or serves the structured loss.
 
 use crate::config::{Checkpointing, Config, MemorySize, TrainingMode};
-use crate::data::Bucket;
 use crate::error::Result;
 use crate::model::transformer::{Precision, TransformerConfig};
+use crate::train::ahead::window;
 use crate::train::setup::{self, RunData};
 use candle_core::DType;
 use serde::{Serialize, Serializer};
@@ -79,7 +79,7 @@ impl<'a> Step<'a> {
         let adapted: usize = targets.iter().map(|t| t.rank * (t.in_features + t.out_features)).sum();
         let shape = StepShape {
             batch: training.batch_size.min(data.samples.len()),
-            image_tokens: data.samples.iter().map(|s| image_tokens(s.bucket)).max().unwrap_or_default(),
+            image_tokens: data.samples.iter().map(|s| s.bucket.image_tokens()).max().unwrap_or_default(),
             text_tokens,
             trained: if full { num_params(transformer) } else { adapted },
             ranks_per_block: targets.iter().map(|t| t.rank).sum::<usize>().div_ceil(transformer.num_layers),
@@ -89,8 +89,8 @@ impl<'a> Step<'a> {
         Ok(Self { transformer, mode: training.mode, accumulates, shape })
     }
 
-    /// Counts the step's memory.
-    pub fn forecast(&self, precision: Precision, checkpointing: Checkpointing) -> Forecast {
+    /// Counts the step's memory, with the weights of the modulation in memory or `streamed` from the disk.
+    pub fn forecast(&self, precision: Precision, checkpointing: Checkpointing, streamed: bool) -> Forecast {
         let (config, shape) = (self.transformer, &self.shape);
         let (d, layers) = (config.dim(), config.num_layers);
         let tokens = shape.batch * (shape.image_tokens + shape.text_tokens);
@@ -114,7 +114,8 @@ impl<'a> Step<'a> {
         let widened = if precision.weights == DType::F32 { 0 } else { 4 * d * d * F32 };
         let bytes = |n: usize| MemorySize(n as u64);
         Forecast {
-            weights: bytes(weight_bytes(config, precision)),
+            weights: bytes(weight_bytes(config, precision, streamed)),
+            modulation: bytes(if streamed { self.tables() * size } else { 0 }),
             adapter: bytes(if self.mode == TrainingMode::Lora { trained } else { 0 }),
             gradients: bytes(if self.accumulates { 2 * trained } else { trained }),
             optimizer: bytes(2 * trained),
@@ -125,8 +126,10 @@ impl<'a> Step<'a> {
 }
 
 /// The base model in memory.
-fn weight_bytes(config: &TransformerConfig, precision: Precision) -> usize {
-    num_params(config) * precision.weights.size_in_bytes()
+fn weight_bytes(config: &TransformerConfig, precision: Precision, streamed: bool) -> usize {
+    let counts = |name: &str| !(streamed && name.contains("_mod.1."));
+    let of = |(name, shape): &(String, Vec<usize>)| if counts(name) { shape.iter().product() } else { 0 };
+    config.tensors().iter().map(of).sum::<usize>() * precision.weights.size_in_bytes()
 }
 
 /// Base parameters.
@@ -139,9 +142,12 @@ pub fn feeds_modulation(name: &str) -> bool {
     name.ends_with("_mod.1") || name.starts_with("time_text_embed.")
 }
 
-/// Tokens of an image of `bucket`: eight pixels a latent, two by two latents a token.
-fn image_tokens(bucket: Bucket) -> usize {
-    (bucket.height() / 16) * (bucket.width() / 16)
+impl Step<'_> {
+    /// Values of the modulation tables of a window of steps: six rows for each stream of each block.
+    fn tables(&self) -> usize {
+        let (d, batch) = (self.transformer.dim(), self.shape.batch);
+        window(d, batch) as usize * batch * self.transformer.num_layers * 2 * 6 * d
+    }
 }
 
 /// Peak memory of a training step by part.
@@ -149,6 +155,8 @@ fn image_tokens(bucket: Bucket) -> usize {
 pub struct Forecast {
     /// The base model.
     pub weights: MemorySize,
+    /// Modulation tables computed ahead, where its weights are on the disk.
+    pub modulation: MemorySize,
     /// Adapter, or nothing when the base itself is trained.
     pub adapter: MemorySize,
     /// Gradients of what is trained: those of a pass, and their sum over passes.
@@ -167,9 +175,10 @@ impl Forecast {
         MemorySize(self.parts().iter().map(|(_, size)| size.0).sum())
     }
 
-    fn parts(&self) -> [(&'static str, MemorySize); 6] {
+    fn parts(&self) -> [(&'static str, MemorySize); 7] {
         [
             ("weights", self.weights),
+            ("modulation", self.modulation),
             ("adapter", self.adapter),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
@@ -220,7 +229,7 @@ pub(super) mod tests {
     #[test]
     fn the_published_model_takes_what_the_arithmetic_says() {
         let published = TransformerConfig::qwen_image();
-        let forecast = |c| megapixel(&published).forecast(Precision::uniform(DType::BF16), c);
+        let forecast = |c| megapixel(&published).forecast(Precision::uniform(DType::BF16), c, false);
         let none = forecast(Checkpointing::None);
         assert!((gigabytes(none.weights) - 40.86).abs() < 0.01);
         assert!((gigabytes(none.adapter) - 0.425).abs() < 0.001);
@@ -230,6 +239,10 @@ pub(super) mod tests {
         assert!((gigabytes(full.activations) - 2.1).abs() < 0.05, "{full}");
         let selective = forecast(Checkpointing::Selective);
         assert!(full.total() < selective.total() && selective.total() < none.total());
+        // The modulation's 60 x 2 x 6 x 3072 x 3073 parameters leave; a sixteenth comes back as tables.
+        let streamed = megapixel(&published).forecast(Precision::uniform(DType::BF16), Checkpointing::Full, true);
+        assert_eq!(none.weights.0 - streamed.weights.0, 60 * 2 * 6 * 3072 * 3073 * 2);
+        assert!((gigabytes(streamed.modulation) - 13.59 / 16.0).abs() < 0.01, "{streamed}");
         let json = serde_json::to_value(&full).unwrap();
         let parts = json.as_object().unwrap().iter().filter(|(part, _)| *part != "total");
         assert_eq!(json["total"].as_u64(), Some(parts.map(|(_, n)| n.as_u64().unwrap()).sum()));

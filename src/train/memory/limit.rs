@@ -1,6 +1,6 @@
 //! `training.memory`: choosing how a run works so that it fits, and noticing that it does not.
 
-use crate::config::{Checkpointing, ComputeDtype, Config, MemoryLimit, MemorySize};
+use crate::config::{Checkpointing, ComputeDtype, Config, MemoryLimit, MemorySize, ModulationChoice};
 use crate::device::memory::{Peak, free};
 use crate::error::{Error, Result};
 use crate::model::transformer::Precision;
@@ -14,6 +14,8 @@ pub struct Settled {
     pub precision: Precision,
     /// What the forward pass keeps.
     pub checkpointing: Checkpointing,
+    /// Whether the modulation's weights are left on the disk.
+    pub streamed: bool,
     /// What a step takes.
     pub forecast: Forecast,
     /// What it may take.
@@ -33,9 +35,17 @@ impl Settled {
             // The rest is for what the forecast does not count.
             Some(MemoryLimit::Auto) => Some(MemorySize(free(device)? / 10 * 9)),
         };
+        let mut streamed = config.model.modulation == ModulationChoice::Streamed;
+        if streamed && step.shape.trains_modulation {
+            return Err(Error::usage(
+                "`model.modulation: streamed` leaves weights on the disk that this run trains or trains through",
+            )
+            .hint("with adapters on the modulation or the time embedding it is `resident`"));
+        }
         if let Some(limit) = limit {
             let budget = Budget::new(config, step, on_gpu, limit);
             let choice = choose(config, &budget, on_gpu, fresh).ok_or_else(|| too_large(config, &budget))?;
+            streamed = choice.modulation == ModulationChoice::Streamed;
             let training = &mut config.training;
             training.checkpointing = choice.checkpointing.into();
             if training.dtype.resolve(on_gpu) != choice.dtype.resolve(on_gpu) {
@@ -45,13 +55,23 @@ impl Settled {
         let precision = setup::precision(config, on_gpu)?;
         // Open only in a dry run for another machine.
         let checkpointing = config.training.checkpointing.policy().unwrap_or(Checkpointing::Full);
-        Ok(Self { precision, checkpointing, forecast: step.forecast(precision, checkpointing), limit })
+        let forecast = step.forecast(precision, checkpointing, streamed);
+        Ok(Self { precision, checkpointing, streamed, forecast, limit })
     }
 
     /// One line for the user; none without a limit.
     pub fn note(&self) -> Option<String> {
         let (dtype, policy) = (self.precision.compute.as_str(), self.checkpointing.as_str());
-        Some(format!("within the {} that the run may take: {dtype}, checkpointing {policy}", self.limit?))
+        let modulation = self.modulation().as_str();
+        let limit = self.limit?;
+        Some(format!(
+            "within the {limit} that the run may take: {dtype}, checkpointing {policy}, modulation {modulation}"
+        ))
+    }
+
+    /// `model.modulation`, decided.
+    pub fn modulation(&self) -> ModulationChoice {
+        if self.streamed { ModulationChoice::Streamed } else { ModulationChoice::Resident }
     }
 }
 
@@ -63,6 +83,7 @@ fn choose(config: &Config, budget: &Budget, on_gpu: bool, fresh: bool) -> Option
     let allowed = |c: &&Choice| {
         (any_type || c.dtype.resolve(on_gpu) == training.dtype.resolve(on_gpu))
             && training.checkpointing.policy().is_none_or(|policy| policy == c.checkpointing)
+            && (config.model.modulation == ModulationChoice::Auto || config.model.modulation == c.modulation)
     };
     budget.choices.iter().filter(allowed).find(|c| c.fits).copied()
 }
@@ -76,9 +97,10 @@ fn too_large(config: &Config, budget: &Budget) -> Error {
         .detail(budget.to_string());
     match budget.choices.iter().find(|c| c.fits) {
         Some(c) => error.hint(format!(
-            "`--set training.dtype={} --set training.checkpointing={}` fits",
+            "`--set training.dtype={} --set training.checkpointing={} --set model.modulation={}` fits",
             c.dtype.as_str(),
-            c.checkpointing.as_str()
+            c.checkpointing.as_str(),
+            c.modulation.as_str()
         )),
         None => error.hint(Budget::ADVICE),
     }
