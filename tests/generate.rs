@@ -241,39 +241,3 @@ fn routes_are_explained_and_an_adapter_for_another_base_is_refused() {
     let (code, _, err) = route(&model);
     assert!(code == Some(2) && err.contains("no adapter at `ink.safetensors`"), "{err}");
 }
-
-#[test]
-fn world_score_keeps_what_it_checked() {
-    let dir = tempfile::tempdir().unwrap();
-    let world = |args: &[&str]| {
-        let program = Command::new(env!("CARGO_BIN_EXE_qwen-lora")).arg("world").args(args).current_dir(&dir).output();
-        let output = program.expect("the binary was built for this test");
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
-
-    let model = ["score", "--model", "synthetic:tiny", "--steps", "1", "--guidance", "1", "--device", "cpu", "--quiet"];
-    let rest = ["--split", "held-out", "--count", "6", "--out", "made", "--sheet", "sheet.png", "--json"];
-    let score = json(&world(&[&model[..], &rest].concat()));
-    assert_eq!(score["pictures"], 6);
-    // Random weights draw nothing of what is asked for.
-    assert_eq!(score["shares"]["all attributes"]["hits"], 0);
-    assert_eq!(json(&world(&["check", "made", "--json"])), score);
-    assert_eq!(pixels(dir.path(), "sheet.png").len(), 10 * 132 * 132 * 3);
-    let asked: Vec<_> = world(&["prompts", "--split", "held-out", "--count", "6"]).lines().map(json).collect();
-    let index = String::from_utf8(bytes(dir.path(), "made/index.jsonl")).unwrap();
-    for (asked, made) in asked.iter().zip(index.lines().map(json)) {
-        assert_eq!([&asked["prompt"], &asked["scene"]], [&made["caption"], &made["scene"]]);
-    }
-
-    // Drawn pictures are what they say, and the same whenever they are drawn.
-    for out in ["a", "b"] {
-        world(&["draw", "--out", out, "--count", "40", "--seed", "3", "--trigger", "kubo"]);
-    }
-    assert_eq!(bytes(dir.path(), "a/index.jsonl"), bytes(dir.path(), "b/index.jsonl"));
-    assert_eq!(bytes(dir.path(), "a/000039.png"), bytes(dir.path(), "b/000039.png"));
-    assert!(String::from_utf8(bytes(dir.path(), "a/000000.txt")).unwrap().starts_with("kubo, "));
-    let drawn = json(&world(&["check", "a", "--json"]));
-    assert_eq!(drawn["shares"]["all attributes"]["hits"], 40);
-}

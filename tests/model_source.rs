@@ -1,7 +1,7 @@
 //! `model:`: what a name means, which folders are accepted, and in which words the others are refused.
 
 use qwen_lora::io::Weights;
-use qwen_lora::model::source::{ModelSource, ModelSpec, PipelineFolder};
+use qwen_lora::model::source::{ModelSource, ModelSpec, PipelineFolder, Synthetic};
 use qwen_lora::model::synth::{self, Geometry, Precision, Preset, SynthOptions};
 use qwen_lora::model::text_encoder::TextEncoderConfig;
 use qwen_lora::model::transformer::TransformerConfig;
@@ -74,14 +74,31 @@ fn a_name_is_a_folder_if_it_exists_then_a_hub_id_and_else_an_error() {
     assert_eq!(ModelSource::parse("src/model").unwrap(), ModelSource::Folder("src/model".into()));
     assert!(matches!(ModelSource::parse("src/model-of-the-hub").unwrap(), ModelSource::Hub(_)));
     assert!(matches!(ModelSource::parse("Qwen/Qwen-Image").unwrap(), ModelSource::Hub(_)));
-    assert_eq!(ModelSource::parse("synthetic:tiny").unwrap(), ModelSource::Synthetic);
+    assert_eq!(ModelSource::parse("synthetic:tiny").unwrap(), ModelSource::Synthetic(Synthetic::Tiny));
+    assert_eq!(ModelSource::parse("synthetic:world").unwrap(), ModelSource::Synthetic(Synthetic::World));
     let error = |text: &str| ModelSource::parse(text).unwrap_err().to_string();
     assert_says(&error("./src/modle"), &["no model at `./src/modle`", "nearest name there is `model`"]);
     assert_says(&error("Qwen-Image"), &["no model at", "hub id (owner/name)"]);
-    assert_says(&error("synthetic:large"), &["no synthetic model `large`", "expected synthetic:tiny"]);
+    assert_says(
+        &error("synthetic:large"),
+        &["no synthetic model `large`", "expected synthetic:tiny or synthetic:world"],
+    );
     assert_says(&error("src/error.rs"), &["is a file", "transformer: FILE"]);
     let with_revision = ModelSpec { revision: Some("main".into()), ..ModelSpec::new("src/model") };
     assert_says(&refused(&with_revision), &["`revision: main` has no meaning"]);
+}
+
+#[test]
+fn the_built_in_world_is_unpacked_whole_and_again_when_it_was_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = synth::world_in(dir.path()).unwrap();
+    assert_loads(&ModelSource::resolve(&spec(&place)).unwrap());
+    let weights = place.join("transformer/diffusion_pytorch_model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &whole[..1000]).unwrap();
+    assert_eq!(synth::world_in(dir.path()).unwrap(), place);
+    assert_eq!(std::fs::read(&weights).unwrap(), whole);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
 }
 
 #[test]

@@ -11,21 +11,9 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from safetensors.torch import load_file
 
-from vae import Vae
+from vae import Vae, planar_tensors
 
 LIMIT = 2e-5
-
-
-def planar_tensors(published):
-    """The 2-D network's tensors from the published ones: the inverse of `published_tensors`."""
-    out = {}
-    for name, tensor in published.items():
-        if name.endswith(".gamma"):
-            tensor = tensor.flatten()
-        elif tensor.ndim == 5:
-            tensor = tensor[:, :, -1]
-        out[name] = tensor.float()
-    return out
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Trains the world's autoencoder on drawn pictures and writes `vae/` in the published layout.
 
-  python train_vae.py --pictures DIR --out MODEL_DIR [--minutes 12] [--threads 2] [--seed 7]
+  python train_vae.py --pictures DIR --out MODEL_DIR [--threads 2] [--seed 7]
 
 Loss: L1 and squared error on pixels (L1 alone first learns the ground and stays there), L1 on their differences to the
-right and below (edges), and a little KL divergence. Crops are
-changed in colour, mirrored, enlarged, and mixed with scribbles of lines and polygons, so that a style that an adapter
-learns later can be drawn too. Stops after `--steps` steps.
+right and below (edges), and a little KL divergence. Crops are changed in colour, mirrored, enlarged, and mixed with
+scribbles of lines and polygons, so that a style that an adapter learns later can be drawn too. After `--steps` steps the
+encoder is left as it is, and the decoder goes on for `--decoder-steps` on whole pictures as they are, three of four of
+the world: what it is there to draw.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from common import DIFFUSERS_VERSION, deterministic, pictures, save_half, save_json, to_unit
-from vae import Vae, published_config, published_tensors
+from vae import Vae, planar_tensors, published_config, published_tensors
 
 CROP = 64
 
@@ -85,14 +87,35 @@ def edges(x):
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def errors(out, pixels):
+    l1, squared = (out - pixels).abs().mean(), (out - pixels).square().mean()
+    edge = sum((a - b).abs().mean() for a, b in zip(edges(out), edges(pixels)))
+    return l1, squared, edge
+
+
 def loss_terms(vae, pixels, generator):
     mean, logvar = vae.encode(pixels)
     noise = torch.randn(mean.shape, generator=generator)
     out = vae.decode(mean + (logvar / 2).exp() * noise)
-    l1, squared = (out - pixels).abs().mean(), (out - pixels).square().mean()
-    edge = sum((a - b).abs().mean() for a, b in zip(edges(out), edges(pixels)))
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return l1, squared, edge, kl
+    return *errors(out, pixels), kl
+
+
+def train(weights, steps, rate, loss):
+    """AdamW over `weights`, the rate falling to 0 along a cosine; `loss` gives the terms by name and their sum."""
+    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    started = time.time()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        terms, total = loss()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step + 1 == steps:
+            line = " ".join(f"{name} {value.item():.5f}" for name, value in terms.items())
+            print(f"step {step} {line} {time.time() - started:.0f} s", flush=True)
 
 
 @torch.no_grad()
@@ -115,6 +138,8 @@ def main():
     ap.add_argument("--pictures", required=True)
     ap.add_argument("--out", required=True)
     ap.add_argument("--steps", type=int, default=2500)
+    ap.add_argument("--decoder-steps", type=int, default=1500, help="steps of the decoder alone, after the others")
+    ap.add_argument("--decoder-of", metavar="MODEL_DIR", help="take this model's autoencoder and train its decoder only")
     ap.add_argument("--batch", type=int, default=16)
     ap.add_argument("--lr", type=float, default=1.5e-3)
     ap.add_argument("--kl", type=float, default=1e-4)
@@ -130,21 +155,34 @@ def main():
     vae = Vae().to(memory_format=torch.channels_last)
     weights = [p for p in vae.parameters() if p.requires_grad]
     print(f"{sum(p.numel() for p in vae.parameters())} parameters, {len(images)} pictures", flush=True)
-    optimizer = torch.optim.AdamW(weights, lr=a.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    started = time.time()
-    for step in range(a.steps):
-        rate = a.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / a.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+    def whole():
         pixels = crops(images, a.batch, generator).contiguous(memory_format=torch.channels_last)
         l1, squared, edge, kl = loss_terms(vae, pixels, generator)
-        optimizer.zero_grad(set_to_none=True)
-        (l1 + 5 * squared + 0.5 * edge + a.kl * kl).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step + 1 == a.steps:
-            line = f"step {step} l1 {l1.item():.4f} mse {squared.item():.5f} edge {edge.item():.4f} kl {kl.item():.3f}"
-            print(f"{line} {time.time() - started:.0f} s", flush=True)
+        terms = {"l1": l1, "mse": squared, "edge": edge, "kl": kl}
+        return terms, l1 + 5 * squared + 0.5 * edge + a.kl * kl
+
+    def decoder_only():
+        index = torch.cat([
+            torch.randint(len(drawn), (6,), generator=generator),
+            torch.randint(len(drawn), len(images), (2,), generator=generator),
+        ])
+        pixels = to_unit(images[index]).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            mean, _ = vae.encode(pixels)
+            # What a model samples is not quite what the encoder gives.
+            mean += 0.05 * mean.std() * torch.randn(mean.shape, generator=generator)
+        l1, squared, edge = errors(vae.decode(mean), pixels)
+        return {"l1": l1, "mse": squared, "edge": edge}, l1 + 5 * squared + 0.5 * edge
+
+    if a.decoder_of:
+        tensors = load_file(Path(a.decoder_of) / "vae" / "diffusion_pytorch_model.safetensors")
+        vae.load_state_dict(planar_tensors(tensors))
+    else:
+        train(weights, a.steps, a.lr, whole)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    train([p for p in weights if p.requires_grad], a.decoder_steps, a.lr, decoder_only)
     # What is shipped is f16: measure that.
     vae.load_state_dict({k: v.half().float() for k, v in vae.state_dict().items()})
     mean, std, psnr = measure(vae, drawn[:1000])

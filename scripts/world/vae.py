@@ -187,3 +187,15 @@ def published_config(latents_mean, latents_std, diffusers_version):
         "temperal_downsample": [False, False, False],
         "z_dim": Z_DIM,
     }
+
+
+def planar_tensors(published):
+    """The 2-D network's tensors from the published ones: the inverse of `published_tensors`."""
+    out = {}
+    for name, tensor in published.items():
+        if name.endswith(".gamma"):
+            tensor = tensor.flatten()
+        elif tensor.ndim == 5:
+            tensor = tensor[:, :, -1]
+        out[name] = tensor.float()
+    return out

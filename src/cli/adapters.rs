@@ -114,7 +114,7 @@ pub fn open_base(text: &str) -> Result<Base> {
     }
     match ModelSource::parse(text)? {
         ModelSource::Folder(folder) => Base::open(&folder),
-        ModelSource::Hub(_) | ModelSource::Synthetic => {
+        ModelSource::Hub(_) | ModelSource::Synthetic(_) => {
             let pipeline = ModelSource::resolve(&ModelSpec::new(text))?;
             let root = pipeline.transformer.config.parent().and_then(Path::parent);
             Base::open(root.expect("config.json lies in the transformer's folder of a pipeline"))

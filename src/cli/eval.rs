@@ -34,7 +34,7 @@ pub struct EvalArgs {
     /// Compare the folders as wholes, without pairs
     #[arg(long, requires = "images")]
     sets_only: bool,
-    /// Make the pictures with this model: a hub id, a folder in the diffusers layout, or `synthetic:tiny`
+    /// Make the pictures with this model: a hub id, a folder in the diffusers layout, `synthetic:world` or `synthetic:tiny`
     #[arg(long, value_name = "MODEL", requires = "loras", conflicts_with = "run")]
     model: Option<String>,
     /// Branch, tag or commit of a hub model
@@ -91,7 +91,7 @@ pub struct EvalArgs {
     /// CLIP for CLIPScore, and Chinese CLIP for Chinese prompts (repeatable): a folder, or OWNER/NAME on the hub
     #[arg(long, value_name = "MODEL")]
     clip: Vec<String>,
-    /// A pose network that flags wrong bodies: `posenet` (built in), `openpose`, or the file of a heatmap network; not the
+    /// A pose network that flags wrong bodies: `posenet` or `world` (built in), `openpose`, or the file of a heatmap network; not the
     /// one that the adapter was trained with
     #[arg(long, value_name = "NETWORK")]
     pose: Option<String>,

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 /// Make images from prompts, with any number of adapters.
 #[derive(Args, Clone, Debug)]
 pub struct GenerateArgs {
-    /// Hub id, folder in the diffusers layout, or `synthetic:tiny` [default: Qwen/Qwen-Image]
+    /// Hub id, folder in the diffusers layout, `synthetic:world` or `synthetic:tiny` [default: Qwen/Qwen-Image]
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Branch, tag or commit of a hub model

@@ -18,7 +18,7 @@ pub struct PoseArgs {
     /// Pictures: jpg, png or webp
     #[arg(value_name = "IMAGE", required = true)]
     pub images: Vec<PathBuf>,
-    /// `posenet` (built in), `openpose`, or the file of a heatmap network
+    /// `posenet` (built in, for photos), `world` (built in, for the drawn world), `openpose`, or the file of a heatmap network
     #[arg(long, value_name = "NETWORK", default_value = "posenet")]
     pub network: String,
     /// OpenPose's body weights: a file or a hub id [default: lllyasviel/Annotators]

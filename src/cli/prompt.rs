@@ -53,7 +53,7 @@ pub struct PromptArgs {
     /// Seed of the alternatives
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Count tokens with this model's tokenizer: hub id, folder, or `synthetic:tiny`
+    /// Count tokens with this model's tokenizer: hub id, folder, `synthetic:world` or `synthetic:tiny`
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Take a hub model from the local cache only

@@ -33,7 +33,7 @@ pub struct RouteArgs {
     /// A prompt to explain (repeatable)
     #[arg(long = "explain", value_name = "PROMPT", required = true)]
     prompts: Vec<String>,
-    /// Also check that the adapters were made for this model: hub id, folder, or `synthetic:tiny`
+    /// Also check that the adapters were made for this model: hub id, folder, `synthetic:world` or `synthetic:tiny`
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Take a hub model from the local cache only

@@ -33,7 +33,7 @@ use tree::{Node, Place};
 section! {
     /// One training run. Everything but `model` and `data.path` has a default.
     pub struct Config {
-        /// The base model: a hub id, a folder or `synthetic:tiny`; or a map with the keys below.
+        /// The base model: a hub id, a folder, `synthetic:world` or `synthetic:tiny`; or a map with the keys below.
         model: Model;
         /// The run directory: what the run writes goes there.
         output: PathBuf = PathBuf::from("runs/train");

@@ -14,8 +14,8 @@ use std::path::PathBuf;
 section! {
     /// The base model.
     pub struct Model shorthand path {
-        /// A hub id (`Qwen/Qwen-Image`), a folder in the diffusers layout, or `synthetic:tiny`, a tiny random model
-        /// that is made on the spot to try things out.
+        /// A hub id (`Qwen/Qwen-Image`), a folder in the diffusers layout, or one that is built in: `synthetic:world`,
+        /// a small model of a drawn world, or `synthetic:tiny`, a tiny random one to try things out.
         path: String;
         /// Branch, tag or commit of the hub repository; null means `main`.
         revision: Option<String> = None;
@@ -278,7 +278,8 @@ section! {
 section! {
     /// The network that finds persons, hands and limbs; see `qwen-lora pose --help`.
     pub struct Pose shorthand network {
-        /// `posenet` (built in), `openpose` (non-commercial weights), or the file of a heatmap network.
+        /// `posenet` (built in, for photos), `world` (built in, for the drawn world), `openpose` (non-commercial weights), or
+        /// the file of a heatmap network.
         network: String = "posenet".into();
         /// OpenPose's body weights: a file, a folder or a hub id.
         body: String = "lllyasviel/Annotators".into();

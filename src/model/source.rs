@@ -1,7 +1,7 @@
 //! Where a model comes from: a hub id, a folder in the diffusers layout, or the synthetic pipeline.
 //!
 //! What `model:` names is decided in this order:
-//! 1. `synthetic:tiny` is the pipeline that is made on the spot ([`crate::model::synth`]).
+//! 1. `synthetic:tiny` and `synthetic:world` are the built-in pipelines ([`crate::model::synth`]).
 //! 2. A folder that exists is that folder, even if its name looks like a hub id; `~/` is the home directory.
 //! 3. `owner/name` is a hub id. A folder that does not exist is never meant by such a name: write `./owner/name`.
 
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 /// The parts of the config file's `model:` that say where the weights are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ModelSpec {
-    /// Hub id, folder, or `synthetic:tiny`.
+    /// Hub id, folder, or a built-in model ([`Synthetic`]).
     pub path: String,
     /// Branch, tag or commit of a hub id.
     pub revision: Option<String>,
@@ -59,8 +59,17 @@ pub enum ModelSource {
     Hub(RepoId),
     /// A folder on this machine.
     Folder(PathBuf),
-    /// The tiny random pipeline.
-    Synthetic,
+    /// A built-in pipeline.
+    Synthetic(Synthetic),
+}
+
+/// The built-in pipelines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Synthetic {
+    /// `synthetic:tiny`: random weights.
+    Tiny,
+    /// `synthetic:world`: trained on the drawn world.
+    World,
 }
 
 /// The files of one network.
@@ -111,8 +120,10 @@ impl ModelSource {
     pub fn parse(text: &str) -> Result<Self> {
         if let Some(name) = text.strip_prefix("synthetic:") {
             return match name {
-                "tiny" => Ok(Self::Synthetic),
-                other => Err(Error::usage(format!("no synthetic model `{other}`")).expected("synthetic:tiny", text)),
+                "tiny" => Ok(Self::Synthetic(Synthetic::Tiny)),
+                "world" => Ok(Self::Synthetic(Synthetic::World)),
+                other => Err(Error::usage(format!("no synthetic model `{other}`"))
+                    .expected("synthetic:tiny or synthetic:world", text)),
             };
         }
         let path = expand_home(text);
@@ -129,7 +140,7 @@ impl ModelSource {
             return Ok(Self::Hub(repo));
         }
         let mut error = Error::usage(format!("no model at `{text}`"))
-            .expected("a folder, a hub id (owner/name) or synthetic:tiny", "nothing of that name");
+            .expected("a folder, a hub id (owner/name), synthetic:tiny or synthetic:world", "nothing of that name");
         if let Some(near) = near_sibling(&path) {
             error = error.detail(format!("the nearest name there is `{near}`"));
         }
@@ -148,13 +159,14 @@ impl ModelSource {
     /// configs that do not fit together.
     pub fn resolve_with(spec: &ModelSpec, hub_options: HubOptions) -> Result<PipelineFolder> {
         let source = Self::parse(&spec.path)?;
-        if let (Some(revision), Self::Folder(_) | Self::Synthetic) = (&spec.revision, &source) {
+        if let (Some(revision), Self::Folder(_) | Self::Synthetic(_)) = (&spec.revision, &source) {
             return Err(Error::usage(format!("`revision: {revision}` has no meaning for `{}`", spec.path))
                 .hint("only models of the hub have revisions"));
         }
         let folder = match &source {
             Self::Folder(folder) => folder.clone(),
-            Self::Synthetic => synth::tiny_in_cache()?,
+            Self::Synthetic(Synthetic::Tiny) => synth::tiny_in_cache()?,
+            Self::Synthetic(Synthetic::World) => synth::world_in_cache()?,
             Self::Hub(repo) => {
                 let options = HubOptions {
                     revision: spec.revision.clone(),

@@ -19,6 +19,7 @@ use super::peaks::Map;
 use super::skeleton::Skeleton;
 use super::weights::NetworkWeights;
 use crate::error::{Error, Result};
+use crate::io::safetensors::MappedFile;
 use crate::kernels::conv::{Conv2d, Padding};
 use crate::kernels::cpu::view;
 use crate::kernels::pixels::channels_last;
@@ -27,6 +28,9 @@ use crate::kernels::{Value, no_grad};
 use candle_core::Tensor;
 use serde::Deserialize;
 use std::path::Path;
+
+/// The network of the drawn world ([`crate::world`]), made by `scripts/world/pose.py`.
+const WORLD: &[u8] = include_bytes!("../../assets/world/pose.safetensors");
 
 /// The metadata key.
 pub const METADATA: &str = "pose_network";
@@ -66,6 +70,12 @@ impl HeatmapNetwork {
     /// Reads a file. Errors (usage): not such a file; layers that do not fit together.
     pub fn load(path: &Path) -> Result<Self> {
         Self::from_weights(&NetworkWeights::open("the heatmap network", path)?)
+    }
+
+    /// The network of the drawn world, which is built in.
+    pub fn world() -> Result<Self> {
+        let file = MappedFile::from_bytes(Path::new("world (built in)"), WORLD.to_vec())?;
+        Self::from_weights(&NetworkWeights::from_safetensors("the heatmap network", &file)?)
     }
 
     /// The network of an open file.

@@ -70,7 +70,7 @@ pub fn detect_image(network: &dyn PoseNetwork, image: &RgbImage) -> Result<Detec
 /// Which network, and where its weights are: the config's `pose:`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoseSpec {
-    /// `posenet`, `openpose`, or the file of a heatmap network.
+    /// `posenet`, `openpose`, `world`, or the file of a heatmap network.
     pub network: String,
     /// OpenPose's body weights: a file or a hub id.
     pub body: String,
@@ -95,11 +95,12 @@ impl PoseSpec {
                 notice(openpose::LICENCE_NOTICE);
                 Ok(Box::new(openpose::OpenPose::load(&self.body, self.hand.as_deref(), &hub)?))
             }
+            "world" => Ok(Box::new(heatmap::HeatmapNetwork::world()?)),
             file if Path::new(file).is_file() => Ok(Box::new(heatmap::HeatmapNetwork::load(Path::new(file))?)),
             other => {
                 let error = Error::usage(format!("no pose network `{other}`"))
-                    .expected("posenet, openpose, or the file of a heatmap network", other);
-                Err(match nearest(other, ["posenet", "openpose"]) {
+                    .expected("posenet, openpose, world, or the file of a heatmap network", other);
+                Err(match nearest(other, ["posenet", "openpose", "world"]) {
                     Some(near) => error.hint(format!("did you mean `{near}`?")),
                     None => error,
                 })

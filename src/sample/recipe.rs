@@ -27,7 +27,7 @@ pub struct LoraUse {
 pub struct Recipe {
     /// Name and version of the program.
     pub program: String,
-    /// Hub id, folder or `synthetic:tiny`.
+    /// Hub id, folder or built-in model.
     pub model: String,
     /// Branch, tag or commit of a hub id.
     pub revision: Option<String>,

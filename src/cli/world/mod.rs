@@ -1,5 +1,6 @@
 //! `qwen-lora world`: a drawn world to train on, and checks of what a model makes of it.
 
+mod distance;
 mod score;
 
 use crate::cli::{print_line, use_threads};
@@ -93,7 +94,8 @@ struct CheckArgs {
     /// A folder with `index.jsonl`, from `world draw` or `world score --out`
     #[arg(value_name = "DIR")]
     folder: PathBuf,
-    /// Also name each picture that is not as it should be, and what was found in it
+    /// Also name each picture that is not as it should be, and what was found in it; with --json, say of each picture
+    /// what is right
     #[arg(long)]
     list: bool,
     /// Print the report as one JSON object
@@ -130,6 +132,7 @@ fn prompts(args: &PromptsArgs) -> Result<()> {
 
 fn check_folder(args: &CheckArgs) -> Result<()> {
     let mut report = Report::default();
+    let mut list = Vec::new();
     for entry in read_index(&args.folder)? {
         let path = args.folder.join(&entry.file);
         let image = photo::load(&path)?;
@@ -143,13 +146,22 @@ fn check_folder(args: &CheckArgs) -> Result<()> {
             print_line(format_args!("{}: {}: {}", entry.file, entry.caption, json!(verdict.found)))?;
         }
         report.add(&image, entry.scene, &verdict);
+        if args.list && args.json {
+            let anatomy = verdict.found.anatomy.as_ref();
+            list.push(json!({
+                "file": entry.file,
+                "attributes": verdict.all(),
+                "hand_error": anatomy.map(|a| a.hand_error()),
+                "limb_error": anatomy.map(|a| a.limb_error()),
+            }));
+        }
     }
-    print_report(&report, args.json)
-}
-
-fn print_report(report: &Report, as_json: bool) -> Result<()> {
-    if as_json {
-        return print_line(report.to_json());
+    if args.json {
+        let mut json = report.to_json();
+        if args.list {
+            json["list"] = list.into();
+        }
+        return print_line(json);
     }
     report.lines().iter().try_for_each(print_line)
 }

@@ -1,7 +1,8 @@
 //! `qwen-lora world score`: what a model makes of the world's prompts, checked.
 
 use crate::cli::generate::parse_lora;
-use crate::cli::world::{Which, print_report};
+use crate::cli::world::Which;
+use crate::cli::world::distance::{self, Distance};
 use crate::cli::{print_line, use_threads};
 use crate::config::DeviceChoice;
 use crate::device;
@@ -38,6 +39,9 @@ pub struct ScoreArgs {
     count: usize,
     #[command(flatten)]
     which: Which,
+    /// Drawings of this style are what the pictures are compared with as a whole
+    #[arg(long, value_enum, value_name = "STYLE", default_value_t = Style::Plain)]
+    style: Style,
     /// A word put before each prompt
     #[arg(long, value_name = "WORD")]
     trigger: Option<String>,
@@ -45,7 +49,7 @@ pub struct ScoreArgs {
     #[arg(long, value_name = "N", default_value_t = 20)]
     steps: usize,
     /// Scale of true classifier-free guidance; 1 turns it off
-    #[arg(long, value_name = "SCALE", default_value_t = 3.0)]
+    #[arg(long, value_name = "SCALE", default_value_t = 2.0)]
     guidance: f64,
     /// The first seed: of the prompts' order and of the noise
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -94,6 +98,7 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
     }
     let compute = device::open(args.device)?;
     let mut report = Report::default();
+    let mut distance = Distance::to(args.style);
     let mut sheet = Vec::new();
     let mut index = String::new();
     for (group, prompts) in prompts.chunks(PROMPTS_PER_SEED).enumerate() {
@@ -104,6 +109,7 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
             let number = group * PROMPTS_PER_SEED + image.job.prompt;
             let verdict = check(&image.pixels, scene);
             report.add(&image.pixels, scene, &verdict);
+            distance.add(&image.pixels, scene, number);
             if let Some(out) = &args.out {
                 let entry = entry(number, scene, caption, args.trigger.as_deref());
                 let text = generator.recipe().single(image.job.prompt, image.job.seed, None).to_text();
@@ -127,7 +133,20 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
             print_line(format_args!("wrote {}", path.display()))?;
         }
     }
-    print_report(&report, args.json)
+    let distances = distance.measure()?;
+    if args.json {
+        let mut json = report.to_json();
+        json["distance"] = distance::to_json(distances);
+        return print_line(json);
+    }
+    report.lines().iter().try_for_each(print_line)?;
+    if let Some([made, drawn]) = distances {
+        print_line(format_args!(
+            "{:<22} {made:>7.3}   (drawings among themselves: {drawn:.3})",
+            format!("distance to {}", args.style.name())
+        ))?;
+    }
+    Ok(())
 }
 
 /// Whether the attributes are right and the bodies whole.
@@ -145,7 +164,8 @@ fn recipe(args: &ScoreArgs, prompts: &[(Scene, Caption)], seed: u64, loras: Vec<
         transformer: None,
         base_fingerprint: String::new(),
         prompts: prompts.iter().map(text).collect(),
-        negative_prompt: " ".into(),
+        // What training puts in place of a caption that it drops.
+        negative_prompt: String::new(),
         seeds: vec![seed],
         loras,
         routed: Vec::new(),

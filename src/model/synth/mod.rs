@@ -1,15 +1,16 @@
-//! Synthetic pipelines in the published layout: random weights under the real names, for tests, benchmarks and the
-//! first run on a machine without a model.
-//!
-//! Every value is a function of the seed and the tensor's name.
+//! Synthetic pipelines in the published layout. Random weights under the real names, for tests, benchmarks and the
+//! first run on a machine without a model: every value is a function of the seed and the tensor's name. And a small
+//! trained one, of the drawn world.
 
 mod cached;
 mod configs;
 mod dense;
 mod shards;
 mod tokenizer;
+mod world;
 
 pub use cached::{tiny_in, tiny_in_cache};
+pub use world::{world_in, world_in_cache};
 
 use crate::error::{Error, Result};
 use crate::io::atomic::rename_synced;
