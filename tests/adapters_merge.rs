@@ -1,12 +1,15 @@
 //! Merging into a base: against a merge by hand in f64, in every form of base, and what must not happen.
 
 mod adapters_common;
+mod quantised_common;
 
 use adapters_common::{contents, copy_tree, deltas, fixture, floats, normals, options, run, run_ok, table, worst};
+use quantised_common::{Scales, write_fp8, write_gguf};
 use qwen_lora::adapters::merge::{Base, OutputForm, Weighted};
 use qwen_lora::adapters::read::{AdapterFile, Component, ReadOptions};
 use qwen_lora::error::Kind;
 use qwen_lora::io::Weights;
+use qwen_lora::io::checkpoint::CheckpointFile;
 use qwen_lora::io::safetensors::{MappedFile, RawTensor, write};
 use safetensors::Dtype;
 use std::collections::BTreeMap;
@@ -27,7 +30,8 @@ fn recipe(case: &str) -> Vec<Weighted> {
 fn by_hand(case: &str) -> BTreeMap<String, Vec<f64>> {
     let weights = Weights::open_folder(&fixture(case).join("pipe/transformer")).unwrap();
     let floats = |name: &str| -> Vec<f64> {
-        let file = weights.files().iter().find(|f| f.info(name).is_some()).unwrap();
+        let mut files = weights.files().iter().filter_map(CheckpointFile::safetensors);
+        let file = files.find(|f| f.info(name).is_some()).unwrap();
         file.floats(name).unwrap().into_iter().map(f64::from).collect()
     };
     let mut out: BTreeMap<String, Vec<f64>> = weights.names().map(|n| (n.to_string(), floats(n))).collect();
@@ -76,7 +80,7 @@ fn a_pipeline_comes_out_as_a_pipeline_with_the_merged_weights() {
         let pipe = fixture(case).join("pipe");
         merge(&pipe, &recipe(case), &out, OutputForm::default()).unwrap();
         let merged = Weights::open_folder(&out.join("transformer")).unwrap();
-        let files: Vec<&MappedFile> = merged.files().iter().collect();
+        let files: Vec<&MappedFile> = merged.files().iter().filter_map(CheckpointFile::safetensors).collect();
         assert!(worst_rounding(&files, &by_hand(case), f64::from(f32::EPSILON)) <= 1.0);
         // Same files, the same index, everything else as it was.
         let (before, after) = (contents(&pipe), contents(&out));
@@ -247,7 +251,8 @@ fn single_files_of_every_type_and_naming_are_merged() {
     assert_eq!(merged.info(name).unwrap().0, Dtype::BF16);
     // The change is added to the base as bf16 holds it, and the sum is rounded once.
     let bare = name.strip_prefix("model.diffusion_model.").unwrap();
-    let exact = weights.files().iter().find(|f| f.info(bare).is_some()).unwrap().floats(bare).unwrap();
+    let mut files = weights.files().iter().filter_map(CheckpointFile::safetensors);
+    let exact = files.find(|f| f.info(bare).is_some()).unwrap().floats(bare).unwrap();
     for (i, (got, held)) in merged.floats(name).unwrap().iter().zip(base.floats(name).unwrap()).enumerate() {
         let want = want[bare][i] + f64::from(held) - f64::from(exact[i]);
         assert!((f64::from(*got) - want).abs() <= 0.00395 * want.abs() + 1e-7, "{got} {want}");
@@ -259,8 +264,7 @@ fn single_files_of_every_type_and_naming_are_merged() {
 
 #[test]
 fn scaled_fp8_and_gguf_bases_are_dequantised_and_merged() {
-    use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
-    use candle_core::{DType, Device};
+    use candle_core::quantized::GgmlDType;
     let dir = tempfile::tempdir().unwrap();
     let table = table("case_a");
     let path = fixture("case_a/lora/kohya_lora_unet.safetensors");
@@ -284,38 +288,8 @@ fn scaled_fp8_and_gguf_bases_are_dequantised_and_merged() {
     };
 
     // Scaled fp8 as ComfyUI writes it: the 2-D weights, one scale each.
-    let (mut tensors, mut held) = (Vec::new(), BTreeMap::new());
-    let table8 = qwen_lora::io::fp8::table(qwen_lora::io::fp8::e4m3);
-    for name in weights.names() {
-        let shape = weights.shape(name).unwrap();
-        let values: Vec<f32> =
-            weights.get(name, shape, DType::F32, &Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-        let (bytes, dtype) = if shape.len() == 2 {
-            let scale = values.iter().fold(0f32, |m, v| m.max(v.abs())) / 448.0;
-            let nearest = |v: &f32| {
-                let distance = |b: &u8| (table8[usize::from(*b)] * scale - v).abs();
-                (0..=255u8)
-                    .filter(|b| !table8[usize::from(*b)].is_nan())
-                    .min_by(|a, b| distance(a).total_cmp(&distance(b)))
-                    .unwrap()
-            };
-            let bytes: Vec<u8> = values.iter().map(nearest).collect();
-            held.insert(name.to_string(), bytes.iter().map(|b| table8[usize::from(*b)] * scale).collect::<Vec<f32>>());
-            let module = name.strip_suffix(".weight").unwrap();
-            tensors.push(RawTensor {
-                name: format!("{module}.weight_scale"),
-                dtype: Dtype::F32,
-                shape: vec![],
-                bytes: scale.to_le_bytes().into(),
-            });
-            (bytes, Dtype::F8_E4M3)
-        } else {
-            (values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(), Dtype::BF16)
-        };
-        tensors.push(RawTensor { name: name.into(), dtype, shape: shape.into(), bytes });
-    }
     let fp8 = dir.path().join("fp8.safetensors");
-    write(&fp8, tensors, &BTreeMap::new()).unwrap();
+    let held = write_fp8(&weights, &fp8, Scales::OfMatrix, "");
     let out = dir.path().join("from_fp8.safetensors");
     merge(&fp8, &adapters(), &out, OutputForm::default()).unwrap();
     let merged = MappedFile::open(&out).unwrap();
@@ -323,19 +297,8 @@ fn scaled_fp8_and_gguf_bases_are_dequantised_and_merged() {
     check(&held, &merged);
 
     // GGUF: 8-bit blocks where rows are whole blocks, else f16.
-    let (mut stored, mut held) = (Vec::new(), BTreeMap::new());
-    for name in weights.names() {
-        let shape = weights.shape(name).unwrap();
-        let tensor = weights.get(name, shape, DType::F32, &Device::Cpu).unwrap();
-        let blocks = shape.len() == 2 && shape[1].is_multiple_of(32);
-        let quantised = QTensor::quantize(&tensor, if blocks { GgmlDType::Q8_0 } else { GgmlDType::F16 }).unwrap();
-        let values = quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        held.insert(name.to_string(), values);
-        stored.push((name.to_string(), quantised));
-    }
     let gguf = dir.path().join("base.gguf");
-    let refs: Vec<(&str, &QTensor)> = stored.iter().map(|(n, t)| (n.as_str(), t)).collect();
-    gguf_file::write(&mut std::fs::File::create(&gguf).unwrap(), &[], &refs).unwrap();
+    let held = write_gguf(&weights, &gguf, GgmlDType::Q8_0, "");
     let out = dir.path().join("from_gguf.safetensors");
     merge(&gguf, &adapters(), &out, OutputForm::default()).unwrap();
     check(&held, &MappedFile::open(&out).unwrap());

@@ -1,12 +1,17 @@
-//! Attention never holds a full score matrix: the memory of one block at the real width, counted byte by byte.
+//! Attention never holds a full score matrix, and int8 weights are never there as floats: memory, counted byte by byte.
 
 mod block_memory;
 
 use block_memory::{Counting, HEADS, RealBlock, WIDTH, peak_bytes};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use qwen_lora::config::BaseDtype;
 use qwen_lora::kernels::attention::{Stream, joint_attention};
+use qwen_lora::kernels::int8::Int8Matrix;
+use qwen_lora::kernels::linear::Linear;
+use qwen_lora::kernels::weight::Weight;
 use qwen_lora::kernels::{Value, backward};
-use qwen_lora::model::transformer::Checkpointing;
+use qwen_lora::model::synth::{self, Geometry, Preset, SynthOptions};
+use qwen_lora::model::transformer::{BaseWeights, Checkpointing, Precision, QwenImageTransformer};
 use qwen_lora::rng::{self, Purpose};
 use std::sync::Mutex;
 
@@ -79,4 +84,58 @@ fn a_block_at_the_real_width_stays_within_its_share_of_2_gb() {
         assert!(measured.gradients.iter().all(|g| g.is_finite()) && measured.gradients.iter().any(|g| *g != 0.0));
     }
     assert!(none.gradients == full.gradients, "recompute changed a gradient");
+}
+
+/// A network in int8 is read strip by strip: beside it there is a strip of f32 for each of two threads, of 1 MiB each, and
+/// no weight as a whole. The largest has 25 MB in f32.
+#[test]
+fn an_int8_network_is_loaded_without_a_second_copy_of_any_weight() {
+    let dir = tempfile::tempdir().unwrap();
+    let geometry = Geometry { num_layers: 2, num_heads: 8, head_dim: 128, axes: [16, 56, 56], joint_dim: 128 };
+    let options = SynthOptions { geometry, ..SynthOptions::preset(Preset::QwenImage) };
+    if let Err(e) = on_two_threads(|| synth::write(&options, &dir.path().join("pipe"))) {
+        assert!(e.to_string().contains("no sparse files"), "{e}");
+        return eprintln!("SKIPPED: {e}");
+    }
+    let precision = Precision::of(BaseDtype::Int8, DType::F32);
+    let folder = dir.path().join("pipe/transformer");
+    let (floats, peak) = on_two_threads(|| {
+        let load = || QwenImageTransformer::load(&folder, precision, &Device::Cpu, BaseWeights::Frozen).unwrap();
+        let (model, peak) = peak_bytes(load);
+        let floats: usize = model.parameters().iter().map(|(_, v)| 4 * v.tensor().elem_count()).sum();
+        (floats, peak)
+    });
+    let d = 8 * 128;
+    // Per block 36 D x D in matrices; the ends are 3 + a little.
+    let matrices = 2 * 36 * d * d;
+    let held = matrices + matrices / 16;
+    assert!(floats < held / 4, "{floats} bytes of floats");
+    assert!(peak >= held + floats, "{peak} bytes are too few for {held}");
+    assert!(peak < held + floats + (4 << 20), "{} bytes beside the network", peak - held - floats);
+}
+
+/// The product with an int8 weight of 64 MiB in f32, forward and backward, takes a panel of 8 MiB beside what the product
+/// with the same weight in f32 takes, and the copy of it in tiles that the product of a panel of 512 rows makes (2 MB here).
+#[test]
+fn a_product_with_int8_weights_widens_a_panel_at_a_time() {
+    let n = 4096;
+    let read = |first: usize, out: &mut [f32]| {
+        out.iter_mut().enumerate().for_each(|(i, w)| *w = ((first + i) % 251) as f32 - 125.0);
+        Ok(())
+    };
+    let [int8, f32] = on_two_threads(|| {
+        let held = Int8Matrix::from_rows("w", (n, n), read).unwrap();
+        let float = Value::constant(held.dequantise(DType::F32).unwrap());
+        [Weight::Int8(held), float.into()].map(|weight| {
+            let x = Value::leaf(Tensor::ones((2, n), DType::F32, &Device::Cpu).unwrap());
+            let layer = Linear { weight, bias: None, lora: None };
+            let (_, peak) = peak_bytes(|| {
+                let y = layer.forward(&x).unwrap();
+                let seed = y.tensor().clone();
+                backward(vec![(y, seed)]).unwrap().take(&x).unwrap()
+            });
+            peak
+        })
+    });
+    assert!(int8 < f32 + (12 << 20), "{int8} bytes, {f32} with f32");
 }

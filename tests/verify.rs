@@ -2,13 +2,14 @@
 
 use candle_core::{DType, Device, Tensor};
 use qwen_lora::cli::verify::{VerifyArgs, VerifyDtype, run as verify_command};
-use qwen_lora::config::DeviceChoice;
+use qwen_lora::config::{BaseDtype, DeviceChoice};
 use qwen_lora::io::Weights;
 use qwen_lora::io::safetensors::{MappedFile, RawTensor, write};
 use qwen_lora::kernels::route::composed_only;
 use qwen_lora::kernels::{Value, backward};
 use qwen_lora::model::text_encoder::{PromptEncoder, Residency, TextEncoder, TextEncoderConfig};
 use qwen_lora::model::tokenizer::PromptTokenizer;
+use qwen_lora::model::transformer::Precision;
 use qwen_lora::model::vae::{Tiling, Vae, VaeConfig};
 use qwen_lora::prompt::TEXT_TO_IMAGE;
 use qwen_lora::rng::{Purpose, Stream};
@@ -55,11 +56,25 @@ fn both_reference_cases_are_reproduced() {
 fn composed_ops_reproduce_the_recorded_transformer_and_training() {
     // What runs on a GPU where no kernel takes part; and bf16 within its wider limits.
     let case = edited("case_a", |name, t| ["tf.", "lora."].iter().any(|p| name.starts_with(p)).then_some(t));
-    for dtype in [DType::F32, DType::BF16] {
+    let int8 = Precision::of(BaseDtype::Int8, DType::F32);
+    for precision in [Precision::uniform(DType::F32), Precision::uniform(DType::BF16), int8] {
         let mut case = Case::open(&reference("case_a").join("pipe"), case.path(), None).unwrap();
-        case.dtype = dtype;
+        case.precision = precision;
         let (report, _) = composed_only(|| verify::run(&case, |_| {}).unwrap());
-        assert!(report.ok() && report.rows.len() > 50, "{dtype:?}\n{report}");
+        assert!(report.ok() && report.rows.len() > 50, "{precision:?}\n{report}");
+    }
+}
+
+#[test]
+fn int8_weights_stay_within_their_limits_and_are_seen() {
+    for name in ["case_a", "case_b"] {
+        let folder = reference(name);
+        let mut case = Case::open(&folder.join("pipe"), &folder, None).unwrap();
+        case.precision = Precision::of(BaseDtype::Int8, DType::F32);
+        let (report, _) = verify::run(&case, |_| {}).unwrap();
+        assert!(report.ok(), "{name}\n{report}");
+        let output = report.rows.iter().find(|r| r.name.starts_with("tf.") && r.name.ends_with(".output")).unwrap();
+        assert!(output.relative > 1e-4, "the weights are not in int8: {output:?}");
     }
 }
 

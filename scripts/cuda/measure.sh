@@ -68,7 +68,7 @@ esac
 
 cases=tests/fixtures/reference
 for name in case_a case_b; do
-  for dtype in f32 bf16; do
+  for dtype in f32 bf16 int8; do
     part "verify-$name-$dtype" 60 "$binary" verify --model $cases/$name/pipe --reference $cases/$name --device "$device" --dtype $dtype --json
   done
 done
@@ -76,9 +76,11 @@ done
 sides=(512 768 1024)
 [ -z "$quick" ] || sides=(512)
 for side in "${sides[@]}"; do
-  for keep in full selective none; do
-    part "bench-$side-$keep" 60 "$binary" bench --preset qwen-image --device "$device" --dtype bf16 \
-      --grid $((side / 16)),$((side / 16)) --checkpointing $keep --steps 5 --warmup 2
+  for dtype in bf16 int8; do
+    for keep in full selective none; do
+      part "bench-$side-$keep-$dtype" 60 "$binary" bench --preset qwen-image --device "$device" --dtype $dtype \
+        --grid $((side / 16)),$((side / 16)) --checkpointing $keep --steps 5 --warmup 2
+    done
   done
 done
 part bench-512-composed 60 "$binary" bench --preset qwen-image --device "$device" --dtype bf16 --grid 32,32 --layers 12 \

@@ -28,14 +28,15 @@ def main():
     torch = {}
     for line in lines(folder / "torch.json"):
         torch.setdefault(line["side"], {})[line["mode"]] = line
-    print("| image | kept | s/step | TFLOP/s | of the matmul peak | GiB | torch s/step | torch GiB | time of torch's best |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| image | base | kept | s/step | TFLOP/s | of the matmul peak | GiB | torch s/step | torch GiB | time of torch's best |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for side in (512, 768, 1024):
         theirs = torch.get(side, {})
         timed = [t["step_s_median"] for t in theirs.values() if "step_s_median" in t]
-        for keep in ("full", "selective", "none"):
-            ours = next(iter(lines(folder / f"bench-{side}-{keep}.json")), None)
-            modes = {m: t for m, t in theirs.items() if m.split("+")[0] == keep}
+        for dtype, keep in ((d, k) for d in ("bf16", "int8") for k in ("full", "selective", "none")):
+            ours = next(iter(lines(folder / f"bench-{side}-{keep}-{dtype}.json")), None)
+            # PyTorch runs with a base in bf16; its best is what both are held against.
+            modes = {m: t for m, t in theirs.items() if m.split("+")[0] == keep and dtype == "bf16"}
             seconds = ", ".join(f"{t['step_s_median']:.3f} ({m})" if "step_s_median" in t else f"{t['skipped']} ({m})" for m, t in modes.items())
             memory = ", ".join(gib(t.get("peak_device_mb")) for t in modes.values())
             if ours is None:
@@ -44,7 +45,7 @@ def main():
             else:
                 row = [f"{ours['step_s_median']:.3f}", f"{ours['model_tflops']:.0f}", f"{ours['model_share']:.0%}", gib(ours.get("peak_device_mb"))]
                 ratio = f"{ours['step_s_median'] / min(timed):.2f}" if timed else ""
-            print(f"| {side}x{side} | {keep} | " + " | ".join([*row, seconds, memory, ratio]) + " |")
+            print(f"| {side}x{side} | {dtype} | {keep} | " + " | ".join([*row, seconds, memory, ratio]) + " |")
     for path in sorted(folder.glob("bench-*.json")) + [folder / "steps-1000.json"]:
         for line in lines(path):
             phases = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in sorted(line["phase_s"].items(), key=lambda p: -p[1]))

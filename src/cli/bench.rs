@@ -1,7 +1,7 @@
 //! `qwen-lora bench`.
 
 use crate::cli::{print_line, use_threads};
-use crate::config::{Checkpointing, DeviceChoice, LossGate, LossWeights};
+use crate::config::{BaseDtype, Checkpointing, DeviceChoice, LossGate, LossWeights};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::flow::gate::Gate;
@@ -69,7 +69,8 @@ pub struct BenchArgs {
     /// Where to compute: auto, cpu or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
-    /// Type of base weights and activations [default: f32, on a GPU bf16].
+    /// Type of base weights and activations; int8 is of the weights, activations are then f32, on a GPU bf16 [default: f32, on
+    /// a GPU bf16].
     #[arg(long, value_enum)]
     dtype: Option<BenchDtype>,
     /// What the forward pass keeps.
@@ -102,6 +103,7 @@ enum Preset {
 enum BenchDtype {
     F32,
     Bf16,
+    Int8,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -116,12 +118,13 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     use_threads(args.threads)?;
     let compute = device::open(args.device)?;
     compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
-    let precision = Precision::uniform(match args.dtype {
-        Some(BenchDtype::F32) => DType::F32,
-        Some(BenchDtype::Bf16) => DType::BF16,
-        None if compute.device.is_cpu() => DType::F32,
-        None => DType::BF16,
-    });
+    let own = if compute.device.is_cpu() { DType::F32 } else { DType::BF16 };
+    let precision = match args.dtype {
+        Some(BenchDtype::F32) => Precision::uniform(DType::F32),
+        Some(BenchDtype::Bf16) => Precision::uniform(DType::BF16),
+        Some(BenchDtype::Int8) => Precision::of(BaseDtype::Int8, own),
+        None => Precision::uniform(own),
+    };
     let checkpointing = match args.checkpointing {
         BenchCheckpointing::None => Checkpointing::None,
         BenchCheckpointing::Selective => Checkpointing::Selective,

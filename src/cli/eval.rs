@@ -70,7 +70,7 @@ pub struct EvalArgs {
     /// WIDTHxHEIGHT, or a published aspect ratio [default: 1:1, 1328x1328]
     #[arg(long, value_name = "SIZE")]
     size: Option<String>,
-    /// Type of the transformer's weights in memory [default: f32]
+    /// Type of the transformer's weights in memory; int8 is made as they are read [default: f32]
     #[arg(long, value_name = "TYPE")]
     dtype: Option<WeightType>,
     /// What the pictures are made on: `auto`, `cpu` or `cuda:N`
@@ -232,6 +232,7 @@ fn adapters(args: &EvalArgs, model: &str) -> Result<Subject> {
         program: PROGRAM.into(),
         model: model.into(),
         revision: args.revision.clone(),
+        transformer: None,
         base_fingerprint: String::new(),
         prompts: read_prompts(prompts)?,
         negative_prompt: " ".into(),
@@ -262,7 +263,7 @@ fn checkpoints(args: &EvalArgs, root: &Path) -> Result<Subject> {
         return refuse("it trained all weights, not an adapter");
     }
     let model = &config.model;
-    if model.transformer.is_some() || model.vae.is_some() || model.text_encoder.is_some() {
+    if model.vae.is_some() || model.text_encoder.is_some() {
         return refuse("its base model is put together from several places");
     }
     let Found::Checkpoints(found) = dir.look()? else { return refuse("it has no checkpoint yet") };
@@ -286,6 +287,7 @@ fn checkpoints(args: &EvalArgs, root: &Path) -> Result<Subject> {
         program: PROGRAM.into(),
         model: model.path.clone(),
         revision: model.revision.clone(),
+        transformer: model.transformer.as_ref().map(|path| path.display().to_string()),
         base_fingerprint: String::new(),
         prompts,
         negative_prompt: preview.negative_prompt.clone(),

@@ -26,6 +26,9 @@ pub struct GenerateArgs {
     /// Branch, tag or commit of a hub model
     #[arg(long, value_name = "REVISION")]
     revision: Option<String>,
+    /// A file (safetensors, also fp8 with scales, or GGUF) or folder in place of the model's own transformer
+    #[arg(long, value_name = "FILE")]
+    transformer: Option<String>,
     /// Take a hub model from the local cache only
     #[arg(long)]
     offline: bool,
@@ -59,7 +62,7 @@ pub struct GenerateArgs {
     /// WIDTHxHEIGHT, or a published aspect ratio: 1:1, 16:9, 9:16, 4:3, 3:4, 3:2, 2:3 [default: 1:1, 1328x1328]
     #[arg(long, value_name = "SIZE")]
     size: Option<String>,
-    /// Type of the transformer's weights in memory [default: f32, on a GPU bf16]
+    /// Type of the transformer's weights in memory; int8 is made as they are read [default: f32, on a GPU bf16]
     #[arg(long, value_name = "TYPE")]
     dtype: Option<WeightType>,
     /// Where the transformer runs: auto, cpu or cuda:N; text encoder and VAE run on the CPU
@@ -96,6 +99,7 @@ pub struct GenerateArgs {
 pub(super) enum WeightType {
     F32,
     Bf16,
+    Int8,
 }
 
 impl WeightType {
@@ -104,6 +108,7 @@ impl WeightType {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
         }
     }
 }
@@ -158,6 +163,7 @@ fn recipe(args: &GenerateArgs, on_cpu: bool) -> Result<Recipe> {
             program: PROGRAM.into(),
             model: "Qwen/Qwen-Image".into(),
             revision: None,
+            transformer: None,
             base_fingerprint: String::new(),
             prompts: Vec::new(),
             negative_prompt: " ".into(),
@@ -174,6 +180,10 @@ fn recipe(args: &GenerateArgs, on_cpu: bool) -> Result<Recipe> {
     let mut recipe = Recipe { program: PROGRAM.into(), ..base };
     if let Some(model) = &args.model {
         (recipe.model, recipe.revision, recipe.base_fingerprint) = (model.clone(), None, String::new());
+        recipe.transformer = None;
+    }
+    if let Some(transformer) = &args.transformer {
+        (recipe.transformer, recipe.base_fingerprint) = (Some(transformer.clone()), String::new());
     }
     if let Some(revision) = &args.revision {
         (recipe.revision, recipe.base_fingerprint) = (Some(revision.clone()), String::new());

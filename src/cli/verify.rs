@@ -2,10 +2,11 @@
 
 use crate::cli::adapters::path_and_weight;
 use crate::cli::print_line;
-use crate::config::DeviceChoice;
+use crate::config::{BaseDtype, DeviceChoice};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::io::safetensors::{RawTensor, write};
+use crate::model::transformer::Precision;
 use crate::progress::tell;
 use crate::verify::{Case, run as replay};
 use candle_core::DType;
@@ -31,7 +32,7 @@ pub struct VerifyArgs {
     /// Where the transformer runs: auto, cpu or cuda:N; the other networks run on the CPU.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceChoice,
-    /// Type in which the transformer is held and run: f32, or bf16 with wider limits.
+    /// Type in which the transformer is held and run: f32, bf16 or int8 with wider limits.
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: VerifyDtype,
     /// Print the report as JSON instead of a table.
@@ -46,6 +47,8 @@ pub enum VerifyDtype {
     F32,
     /// 16-bit floats with the range of f32.
     Bf16,
+    /// Weights in int8 in blocks of 32; activations in f32, on a GPU in bf16.
+    Int8,
 }
 
 /// Replays the case and prints the report. Errors: a case that cannot be opened; any value outside its limits.
@@ -55,10 +58,12 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
     let adapter = |text: &String| path_and_weight(text).map(|(path, weight)| (path.into(), weight));
     let adapters: Vec<_> = args.adapters.iter().map(adapter).collect::<Result<_>>()?;
     let mut case = Case::open(&args.model, &args.reference, adapters)?;
+    let own = if compute.device.is_cpu() { DType::F32 } else { DType::BF16 };
     case.device = compute.device;
-    case.dtype = match args.dtype {
-        VerifyDtype::F32 => DType::F32,
-        VerifyDtype::Bf16 => DType::BF16,
+    case.precision = match args.dtype {
+        VerifyDtype::F32 => Precision::uniform(DType::F32),
+        VerifyDtype::Bf16 => Precision::uniform(DType::BF16),
+        VerifyDtype::Int8 => Precision::of(BaseDtype::Int8, own),
     };
     if !case.model.is_dir() {
         return Err(Error::usage(format!("there is no model folder `{}`", case.model.display())));

@@ -20,7 +20,7 @@ pub use sections::{
 pub use size::ImageSize;
 pub use stages::{Multipliers, SigmaRange, Stage, StageFilter, StageLoss, Stages, Until};
 pub use types::{
-    Betas, Checkpointing, CheckpointingChoice, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting,
+    BaseDtype, Betas, Checkpointing, CheckpointingChoice, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting,
     LrSchedule, Masks, ModulationChoice, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling,
     TrainingMode,
 };

@@ -5,8 +5,8 @@ use crate::config::memory::MemoryLimit;
 use crate::config::size::ImageSize;
 use crate::config::tree::{Content, Node};
 use crate::config::types::{
-    Betas, CheckpointingChoice, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks, ModulationChoice,
-    Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
+    BaseDtype, Betas, CheckpointingChoice, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks,
+    ModulationChoice, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
 };
 use crate::error::Result;
 use std::path::PathBuf;
@@ -19,8 +19,10 @@ section! {
         path: String;
         /// Branch, tag or commit of the hub repository; null means `main`.
         revision: Option<String> = None;
-        /// Type in which the frozen weights are held; `auto` is the compute type `training.dtype`.
-        dtype: ComputeDtype = ComputeDtype::Auto;
+        /// Type in which the transformer's frozen weights are held; `auto` is the compute type `training.dtype`. `int8`
+        /// quantises the matrices of the blocks as they are read, in blocks of 32 values with a scale each: half the memory
+        /// of bf16, a quarter of f32; for `training.mode: lora` alone.
+        dtype: BaseDtype = BaseDtype::Auto;
         /// Where the weights of the modulation are, a third of the model: `resident` in memory; `streamed` from the disk, so that
         /// what they give at the noise levels of the next hundred or so steps is computed ahead, the same bit for bit; or
         /// `auto`, which streams only where that makes the run fit into `training.memory`. What trains the modulation or
@@ -28,7 +30,8 @@ section! {
         modulation: ModulationChoice = ModulationChoice::Auto;
         /// Take hub files from the local cache only and never go to the network.
         offline: bool = false;
-        /// A file with the transformer, in place of the one in `path`.
+        /// A file with the transformer, in place of the one in `path`: safetensors in f32, bf16, f16 or fp8 with scales, or
+        /// GGUF, under diffusers' names or ComfyUI's. What is quantised in the file is held as `dtype` says.
         transformer: Option<PathBuf> = None;
         /// A file with the VAE, in place of the one in `path`.
         vae: Option<PathBuf> = None;

@@ -193,6 +193,20 @@ impl ComputeDtype {
 }
 
 choice! {
+    /// Type in which the frozen base weights are held.
+    pub enum BaseDtype {
+        /// The compute type.
+        Auto = "auto",
+        /// 32-bit floats.
+        F32 = "f32",
+        /// 16-bit floats with the range of f32.
+        Bf16 = "bf16",
+        /// 8-bit integers in blocks of 32 with a 16-bit scale each.
+        Int8 = "int8",
+    }
+}
+
+choice! {
     /// Where the weights of the modulation are.
     pub enum ModulationChoice {
         /// In memory, or on the disk where only that fits into `training.memory`.

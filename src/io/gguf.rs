@@ -62,6 +62,13 @@ impl GgufFile {
         &self.tensors
     }
 
+    /// Gives the pages of a tensor back to the system; they are read again when touched.
+    pub fn release(&self, tensor: &GgufTensor) {
+        let values: usize = tensor.shape.iter().product();
+        let bytes = values / tensor.dtype.block_size() * tensor.dtype.type_size();
+        crate::io::safetensors::release_pages(&self.map, &self.map[tensor.start..tensor.start + bytes]);
+    }
+
     /// Decodes the values `first..first + out.len()` of a tensor. Both ends must lie between blocks, as they do when
     /// they lie between rows.
     pub fn widen(&self, tensor: &GgufTensor, first: usize, out: &mut [f32]) -> Result<()> {

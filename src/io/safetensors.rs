@@ -115,7 +115,7 @@ impl MappedFile {
             .expected(format!("a dtype that converts to {wanted}"), format!("{stored:?}"));
         match stored {
             Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64 | Dtype::I64 => error,
-            _ => error.hint("quantised weights are not read: use the bf16 files of the model"),
+            _ => error.hint("use the bf16 files of the model"),
         }
     }
 
@@ -156,11 +156,9 @@ impl MappedFile {
 
     /// Gives the pages of `bytes`, a part of this file, back to the system; they are read again when touched.
     pub fn release(&self, bytes: &[u8]) {
-        self.advise(bytes, |map, start, len| {
-            #[cfg(unix)]
-            // SAFETY: the map is read-only and backed by a file; dropped pages are read again when touched.
-            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
-        });
+        if let Bytes::Mapped(map) = &self.map {
+            release_pages(map, bytes);
+        }
     }
 
     /// Maps the pages of `bytes` at once, which costs far less than a fault for every few of them. A kernel that does
@@ -173,17 +171,33 @@ impl MappedFile {
     }
 
     /// Calls `advise` with the whole pages inside `bytes`, which must lie in this file.
-    #[cfg_attr(not(unix), allow(unused_variables))]
     fn advise(&self, bytes: &[u8], advise: impl Fn(&memmap2::Mmap, usize, usize)) {
-        #[cfg(unix)]
         if let Bytes::Mapped(map) = &self.map {
-            // SAFETY: sysconf only reads. It is negative for unknown names alone.
-            let Ok(page) = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }) else { return };
-            let start = (bytes.as_ptr() as usize - map.as_ptr() as usize).next_multiple_of(page);
-            let end = (bytes.as_ptr() as usize - map.as_ptr() as usize + bytes.len()) / page * page;
-            if end > start {
-                advise(map, start, end - start);
-            }
+            advise_pages(map, bytes, advise);
+        }
+    }
+}
+
+/// Gives the pages of `bytes`, a part of a mapped file, back to the system; they are read again when touched.
+pub(super) fn release_pages(map: &memmap2::Mmap, bytes: &[u8]) {
+    advise_pages(map, bytes, |map, start, len| {
+        #[cfg(unix)]
+        // SAFETY: the map is read-only and backed by a file; dropped pages are read again when touched.
+        let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
+    });
+}
+
+/// Calls `advise` with the whole pages inside `bytes`, which must lie in `map`.
+#[cfg_attr(not(unix), allow(unused_variables))]
+fn advise_pages(map: &memmap2::Mmap, bytes: &[u8], advise: impl Fn(&memmap2::Mmap, usize, usize)) {
+    #[cfg(unix)]
+    {
+        // SAFETY: sysconf only reads. It is negative for unknown names alone.
+        let Ok(page) = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }) else { return };
+        let start = (bytes.as_ptr() as usize - map.as_ptr() as usize).next_multiple_of(page);
+        let end = (bytes.as_ptr() as usize - map.as_ptr() as usize + bytes.len()) / page * page;
+        if end > start {
+            advise(map, start, end - start);
         }
     }
 }
@@ -272,7 +286,7 @@ fn bad_header(path: &Path, map: &[u8], e: safetensors::SafeTensorError) -> Error
     } else if map.starts_with(b"PK") || map.starts_with(&[0x80]) {
         "this looks like a PyTorch pickle file: convert it to safetensors"
     } else if map.starts_with(b"GGUF") {
-        "this is a GGUF file, which is not read here"
+        "this is a GGUF file, which is not read here: use safetensors"
     } else {
         "the file is truncated or corrupt: download or copy it again"
     };

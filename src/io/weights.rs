@@ -1,9 +1,9 @@
-//! The weights of one network: a set of safetensors files seen as one table of named tensors.
+//! The weights of one network: a set of files seen as one table of named tensors.
 
 use crate::error::{Error, Result, nearest};
-use crate::io::safetensors::MappedFile;
+use crate::io::checkpoint::{CheckpointFile, PREFIXES, Stored, is_auxiliary};
+use crate::kernels::int8::Int8Matrix;
 use candle_core::{DType, Device, Tensor};
-use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -35,13 +35,16 @@ impl Choice {
     }
 }
 
-/// Memory-mapped tensors of one network, from a single file, from shards, or from shards with an index.
+/// Memory-mapped tensors of one network, from a single file, from shards, or from shards with an index: safetensors, also in
+/// fp8 with scales, or GGUF. In a file where names begin as ComfyUI's do ([`PREFIXES`]) the tensors of that network are meant,
+/// under their names without that.
 ///
-/// Nothing but the headers is read until a tensor is asked for.
+/// Nothing but the headers, and the scales of fp8, is read until a tensor is asked for.
 pub struct Weights {
     folder: PathBuf,
-    files: Vec<MappedFile>,
-    file_of: BTreeMap<String, usize>,
+    files: Vec<CheckpointFile>,
+    /// Indices of file and tensor.
+    place_of: BTreeMap<String, (usize, usize)>,
 }
 
 impl Weights {
@@ -70,7 +73,7 @@ impl Weights {
         }
     }
 
-    /// Opens one safetensors file.
+    /// Opens one safetensors or GGUF file.
     pub fn open_file(path: &Path) -> Result<Self> {
         Self::open_files(path, [path.to_path_buf()])
     }
@@ -90,7 +93,7 @@ impl Weights {
                 .hint("the download is incomplete: fetch this file"));
         }
         let weights = Self::open_files(folder, shards.iter().map(|f| folder.join(f)))?;
-        for (name, shard) in &weight_map {
+        for (name, shard) in weight_map.iter().filter(|(name, _)| !is_auxiliary(name)) {
             let path = folder.join(shard);
             if weights.file_of(name) != Some(path.as_path()) {
                 let found = match weights.file_of(name) {
@@ -106,21 +109,26 @@ impl Weights {
     }
 
     fn open_files(folder: &Path, paths: impl IntoIterator<Item = PathBuf>) -> Result<Self> {
-        let mut weights = Self { folder: folder.into(), files: Vec::new(), file_of: BTreeMap::new() };
-        for path in paths {
-            let file = MappedFile::open(&path)?;
-            for name in file.names() {
-                if let Some(first) = weights.file_of.insert(name.clone(), weights.files.len()) {
-                    return Err(Error::usage(format!("tensor `{name}` stands in two files")).detail(format!(
-                        "`{}` and `{}`",
-                        weights.files[first].path().display(),
-                        path.display()
-                    )));
+        let files = paths.into_iter().map(|path| CheckpointFile::open(&path)).collect::<Result<Vec<_>>>()?;
+        let all = || files.iter().flat_map(|f| f.tensors()).map(|t| t.name.as_str());
+        let prefix = PREFIXES.into_iter().find(|prefix| all().any(|name| name.starts_with(prefix))).unwrap_or("");
+        let mut place_of = BTreeMap::new();
+        for (i, file) in files.iter().enumerate() {
+            for (j, tensor) in file.tensors().iter().enumerate() {
+                let Some(name) = tensor.name.strip_prefix(prefix) else { continue };
+                if let Some((first, _)) = place_of.insert(name.to_string(), (i, j)) {
+                    let paths = [first, i].map(|i: usize| files[i].path().display());
+                    return Err(Error::usage(format!("tensor `{name}` stands in two files"))
+                        .detail(format!("`{}` and `{}`", paths[0], paths[1])));
                 }
             }
-            weights.files.push(file);
         }
-        Ok(weights)
+        Ok(Self { folder: folder.into(), files, place_of })
+    }
+
+    fn find(&self, name: &str) -> Option<(&CheckpointFile, &Stored)> {
+        let (file, tensor) = *self.place_of.get(name)?;
+        Some((&self.files[file], &self.files[file].tensors()[tensor]))
     }
 
     /// The folder (or file) these weights come from.
@@ -129,61 +137,69 @@ impl Weights {
     }
 
     /// The mapped files, in order.
-    pub fn files(&self) -> &[MappedFile] {
+    pub fn files(&self) -> &[CheckpointFile] {
         &self.files
     }
 
     /// All tensor names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.file_of.keys().map(String::as_str)
+        self.place_of.keys().map(String::as_str)
     }
 
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
-        self.file_of.contains_key(name)
+        self.place_of.contains_key(name)
     }
 
     /// The shape of a tensor, if it is there.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        Some(self.files[*self.file_of.get(name)?].info(name)?.1)
+        Some(&self.find(name)?.1.shape)
     }
 
     /// The file that holds a tensor, if it is there.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
-        Some(self.files[*self.file_of.get(name)?].path())
+        Some(self.find(name)?.0.path())
     }
 
     /// A tensor of the given shape, converted to `dtype` on `device`.
     ///
     /// Errors: no such tensor, another shape; both name tensor and file.
     pub fn get(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
-        self.check_one(name, shape, &[])?;
-        self.files[self.file_of[name]].tensor(name, dtype, device)
+        let (file, tensor) = self.check_one(name, shape, &[])?;
+        file.tensor(tensor, dtype, device)
+    }
+
+    /// A matrix (N, K) quantised to int8 as it is read, on the CPU.
+    ///
+    /// Errors: as [`get`](Self::get), and those of [`Int8Matrix::from_rows`].
+    pub fn int8(&self, name: &str, (n, k): (usize, usize)) -> Result<Int8Matrix> {
+        let (file, tensor) = self.check_one(name, &[n, k], &[])?;
+        file.check_weights(tensor)?;
+        let quantised = Int8Matrix::from_rows(name, (n, k), |first, out| file.widen(tensor, first, out))
+            .map_err(|error| error.detail(format!("it lies in `{}`", file.path().display())))?;
+        file.release(tensor);
+        Ok(quantised)
     }
 
     /// Some rows of a matrix of the given shape, as a CPU tensor of `dtype`; the rest of it is not read.
     ///
     /// Errors: as [`get`](Self::get), and a row that the matrix does not have.
     pub fn rows(&self, name: &str, shape: &[usize], rows: &[usize], dtype: DType) -> Result<Tensor> {
-        self.check_one(name, shape, &[])?;
-        self.files[self.file_of[name]].rows(name, rows, dtype)
+        let (file, tensor) = self.check_one(name, shape, &[])?;
+        file.rows(tensor, rows, dtype)
     }
 
-    /// Checks, from the headers alone, that every tensor in `expected` is there with its shape and as f64, f32, f16
-    /// or bf16, and that nothing else is, unless `may_ignore` says so of its name.
+    /// Checks, from the headers alone, that every tensor in `expected` is there with its shape and in a type that weights are
+    /// read from, and that nothing else is, unless `may_ignore` says so of its name.
     pub fn check(&self, expected: &[(String, Vec<usize>)], may_ignore: impl Fn(&str) -> bool) -> Result<()> {
         let known: BTreeSet<&str> = expected.iter().map(|(n, _)| n.as_str()).collect();
         let strangers: Vec<&str> = self.names().filter(|n| !known.contains(n) && !may_ignore(n)).collect();
         for (name, shape) in expected {
-            self.check_one(name, shape, &strangers)?;
-            let file = &self.files[self.file_of[name]];
-            let (stored, _) = file.info(name).expect("check_one found it");
-            if !matches!(stored, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                return Err(file.bad_dtype(name, stored, "f32 or bf16"));
-            }
+            let (file, tensor) = self.check_one(name, shape, &strangers)?;
+            file.check_weights(tensor)?;
         }
         let Some(first) = strangers.first() else { return Ok(()) };
-        let file = self.files[self.file_of[*first]].path().display();
+        let file = self.file_of(first).expect("a name of this table").display();
         let mut error = Error::usage(format!("unknown tensor `{first}` in `{file}`"));
         if strangers.len() > 1 {
             error = error.detail(format!("and {} more", strangers.len() - 1));
@@ -195,18 +211,16 @@ impl Weights {
     }
 
     /// `strangers`: names there that are not expected; a misnamed tensor is among them.
-    fn check_one(&self, name: &str, shape: &[usize], strangers: &[&str]) -> Result<()> {
-        let Some(&file) = self.file_of.get(name) else {
+    fn check_one(&self, name: &str, shape: &[usize], strangers: &[&str]) -> Result<(&CheckpointFile, &Stored)> {
+        let Some((file, tensor)) = self.find(name) else {
             return Err(self.missing(name, shape, strangers));
         };
-        let file = &self.files[file];
-        let found = file.info(name).expect("the table was made from this file").1;
-        if found != shape {
+        if tensor.shape != shape {
             return Err(Error::usage(format!("cannot load `{name}` from `{}`", file.path().display()))
-                .expected(format!("shape {shape:?}"), format!("{found:?}"))
+                .expected(format!("shape {shape:?}"), format!("{:?}", tensor.shape))
                 .hint("the weights do not belong to the config.json beside them"));
         }
-        Ok(())
+        Ok((file, tensor))
     }
 
     fn missing(&self, name: &str, shape: &[usize], strangers: &[&str]) -> Error {
@@ -222,7 +236,7 @@ impl Weights {
             "this looks like a LoRA file; `model:` wants a base model".into()
         } else if let Some(prefixed) = prefixed {
             let prefix = &prefixed[..prefixed.len() - name.len()];
-            format!("all-in-one files (names with `{prefix}` before) are not read: use the model's own folder")
+            format!("files whose names have `{prefix}` before them are not read: use the model's own folder")
         } else {
             "the file is incomplete, or belongs to another model than the config.json beside it".into()
         })

@@ -10,6 +10,7 @@ use crate::kernels::math::Activation;
 use crate::kernels::matmul::{Into, Mat, MatMut, gemm};
 use crate::kernels::route::is_composed;
 use crate::kernels::tape::{Value, record};
+use crate::kernels::weight::Weight;
 use candle_core::{DType, Tensor};
 use std::rc::Rc;
 
@@ -27,8 +28,8 @@ pub struct Lora {
 /// A linear layer and its adapter, if it carries one.
 #[derive(Clone)]
 pub struct Linear {
-    /// (out, in), in the base model's dtype.
-    pub weight: Value,
+    /// (out, in), as the base model is held.
+    pub weight: Weight,
     /// (out,).
     pub bias: Option<Value>,
     /// The adapter.
@@ -47,7 +48,7 @@ impl Linear {
     }
 
     fn dims(&self) -> (usize, usize) {
-        (self.weight.dims()[0], self.weight.dims()[1])
+        self.weight.dims()
     }
 }
 
@@ -83,7 +84,7 @@ pub fn linear_group(x: &Value, activation: Option<Activation>, layers: &[&Linear
 
     let mut inputs = vec![x];
     for layer in layers {
-        inputs.push(&layer.weight);
+        inputs.extend(layer.weight.value());
         inputs.extend(layer.bias.as_ref());
         inputs.extend(layer.lora.as_ref().map(|l| &l.a));
         inputs.extend(layer.lora.as_ref().map(|l| &l.b));
@@ -144,7 +145,10 @@ fn forward_one(x: &[f32], m: usize, layer: &Linear, lora_input: Option<&[f32]>) 
             Into::Add
         }
     };
-    gemm(MatMut::new(&mut y, m, n), mode, Mat::new(x, m, k), Mat::new(&view(layer.weight.tensor())?, n, k).t(), 1.0);
+    layer.weight.for_each_panel(|rows, w| {
+        let y = MatMut::strided(&mut y[rows.start..], m, rows.len(), n);
+        gemm(y, mode, Mat::new(x, m, k), Mat::new(w, rows.len(), k).t(), 1.0);
+    })?;
     if let (Some(lora), Some(t)) = (&layer.lora, lora_input) {
         let r = lora.b.dims()[1];
         let b = view(lora.b.tensor())?;
@@ -172,18 +176,26 @@ impl Saved {
         for ((layer, grad), lora_input) in self.layers.iter().zip(grads).zip(self.lora_inputs.iter()) {
             let (n, _) = layer.dims();
             let Some(grad) = grad else {
-                let own = 1 + usize::from(layer.bias.is_some()) + 2 * usize::from(layer.lora.is_some());
+                let [weight, bias] = [layer.weight.value().is_some(), layer.bias.is_some()].map(usize::from);
+                let own = weight + bias + 2 * usize::from(layer.lora.is_some());
                 out.extend(std::iter::repeat_n(None, own));
                 continue;
             };
             let dy = view(&grad)?;
-            dx.add(&dy, n, &view(layer.weight.tensor())?, 1.0);
-            let d_weight = layer.weight.needs_grad().then(|| {
-                let mut dw = uninit(n * k);
-                gemm(MatMut::new(&mut dw, n, k), Into::Overwrite, Mat::new(&dy, m, n).t(), Mat::new(&input, m, k), 1.0);
-                cpu::from_f32(dw, (n, k), DType::F32)
-            });
-            out.push(d_weight.transpose()?);
+            if self.x_needs_grad {
+                layer.weight.for_each_panel(|rows, w| {
+                    dx.add(Mat::strided(&dy[rows.start..], m, rows.len(), n), Mat::new(w, rows.len(), k));
+                })?;
+            }
+            if let Some(weight) = layer.weight.value() {
+                let d_weight = weight.needs_grad().then(|| {
+                    let mut dw = uninit(n * k);
+                    let dw_view = MatMut::new(&mut dw, n, k);
+                    gemm(dw_view, Into::Overwrite, Mat::new(&dy, m, n).t(), Mat::new(&input, m, k), 1.0);
+                    cpu::from_f32(dw, (n, k), DType::F32)
+                });
+                out.push(d_weight.transpose()?);
+            }
             if let Some(bias) = &layer.bias {
                 let d_bias = bias.needs_grad().then(|| cpu::from_f32(column_sums(&dy, n), n, DType::F32));
                 out.push(d_bias.transpose()?);
@@ -193,7 +205,7 @@ impl Saved {
                 let mut dt = uninit(m * r);
                 let b = view(lora.b.tensor())?;
                 gemm(MatMut::new(&mut dt, m, r), Into::Overwrite, Mat::new(&dy, m, n), Mat::new(&b, n, r), scale);
-                dx.add(&dt, r, &view(lora.a.tensor())?, 1.0);
+                dx.add(Mat::new(&dt, m, r), Mat::new(&view(lora.a.tensor())?, r, k));
                 let mut da = uninit(r * k);
                 gemm(MatMut::new(&mut da, r, k), Into::Overwrite, Mat::new(&dt, m, r).t(), Mat::new(&input, m, k), 1.0);
                 let mut db = uninit(n * r);
@@ -223,10 +235,10 @@ struct InputGrad {
 
 impl InputGrad {
     /// Adds `dy w` for dy (m, n), w (n, k).
-    fn add(&mut self, dy: &[f32], n: usize, w: &[f32], scale: f32) {
+    fn add(&mut self, dy: Mat, w: Mat) {
         if let Some(dx) = &mut self.buffer {
             let mode = if self.written { Into::Add } else { Into::Overwrite };
-            gemm(MatMut::new(dx, self.m, self.k), mode, Mat::new(dy, self.m, n), Mat::new(w, n, self.k), scale);
+            gemm(MatMut::new(dx, self.m, self.k), mode, dy, w, 1.0);
             self.written = true;
         }
     }
@@ -235,12 +247,13 @@ impl InputGrad {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::int8::Int8Matrix;
     use crate::kernels::tape::backward;
-    use crate::kernels::testing::{check_both, randn};
+    use crate::kernels::testing::{check_both, randn, relative_error};
 
     fn layer(v: &[Value], with_lora: bool) -> Linear {
         let lora = with_lora.then(|| Lora { a: v[2].clone(), b: v[3].clone(), scale: 0.75 });
-        Linear { weight: v[0].clone(), bias: Some(v[1].clone()), lora }
+        Linear { weight: v[0].clone().into(), bias: Some(v[1].clone()), lora }
     }
 
     /// `y = act(x) W' + b (+ s (act(x) A') B')` in plain ops.
@@ -292,16 +305,70 @@ mod tests {
         );
     }
 
+    /// `x`, then bias, A and B of each layer; their weights (n, k) are in int8.
+    fn int8_group(v: &[Value], held: &[Int8Matrix], activation: Option<Activation>) -> Result<Vec<Value>> {
+        let layer = |(v, held): (&[Value], &Int8Matrix)| {
+            let lora = Some(Lora { a: v[1].clone(), b: v[2].clone(), scale: 0.75 });
+            Linear { weight: Weight::Int8(held.clone()), bias: Some(v[0].clone()), lora }
+        };
+        let layers: Vec<Linear> = v[1..].chunks_exact(3).zip(held).map(layer).collect();
+        linear_group(&v[0], activation, &layers.iter().collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn int8_weights_give_values_and_gradients_of_the_weights_that_they_stand_for() {
+        let (m, k, n) = (37, 64, 40);
+        let mut inputs = vec![randn(0, &[m, k], 1.0)];
+        let mut held = Vec::new();
+        for i in 1..=2 {
+            inputs.extend([randn(10 * i, &[n], 1.0), randn(10 * i + 1, &[3, k], 0.3), randn(10 * i + 2, &[n, 3], 0.3)]);
+            held.push(Int8Matrix::quantise("w", &randn(10 * i + 3, &[n, k], 0.2)).unwrap());
+        }
+        let weights: Vec<Tensor> =
+            held.iter().map(|w| w.dequantise(DType::F32).unwrap().to_dtype(DType::F64).unwrap()).collect();
+        let twin = |x: &Tensor, t: &[Tensor], w: &Tensor| twin_layer(x, &[std::slice::from_ref(w), t].concat(), true);
+        check_both(
+            &inputs,
+            5e-6,
+            |v| int8_group(v, &held, None),
+            |t| Ok(vec![twin(&t[0], &t[1..4], &weights[0])?, twin(&t[0], &t[4..], &weights[1])?]),
+        );
+        check_both(
+            &inputs[..4],
+            5e-6,
+            |v| int8_group(v, &held[..1], Some(Activation::GeluTanh)),
+            |t| Ok(vec![twin(&t[0].gelu()?, &t[1..4], &weights[0])?]),
+        );
+    }
+
+    #[test]
+    fn int8_weights_of_several_panels_are_used_whole() {
+        // 2^16 rows of 32 values are a panel.
+        let (m, k, n) = (3, 32, (1 << 16) + 41);
+        let held = Int8Matrix::quantise("w", &randn(0, &[n, k], 0.2)).unwrap();
+        let run = |weight: Weight| {
+            let x = Value::leaf(randn(1, &[m, k], 1.0));
+            let y = Linear { weight, bias: None, lora: None }.forward(&x).unwrap();
+            let value = y.tensor().clone();
+            (value, backward(vec![(y, randn(2, &[m, n], 1.0))]).unwrap().take(&x).unwrap())
+        };
+        let (y, dx) = run(Weight::Int8(held.clone()));
+        let (y_twin, dx_twin) = run(Value::constant(held.dequantise(DType::F32).unwrap()).into());
+        assert!(relative_error(&y, &y_twin) < 1e-6 && relative_error(&dx, &dx_twin) < 5e-6);
+    }
+
     #[test]
     fn frozen_weights_and_constant_inputs_get_no_gradient() {
         let constant = |i, shape: &[usize]| Value::constant(randn(i, shape, 1.0));
         let lora = Lora { a: Value::leaf(randn(3, &[2, 6], 1.0)), b: Value::leaf(randn(4, &[5, 2], 1.0)), scale: 2.0 };
-        let layer = Linear { weight: constant(0, &[5, 6]), bias: Some(constant(1, &[5])), lora: Some(lora.clone()) };
+        let weight = constant(0, &[5, 6]);
+        let bias = Some(constant(1, &[5]));
+        let layer = Linear { weight: weight.clone().into(), bias, lora: Some(lora.clone()) };
         let x = constant(2, &[3, 6]);
         let y = layer.forward(&x).unwrap();
         let seed = randn(5, &[3, 5], 1.0);
         let mut grads = backward(vec![(y, seed)]).unwrap();
-        assert!(grads.take(&layer.weight).is_none() && grads.take(&x).is_none());
+        assert!(grads.take(&weight).is_none() && grads.take(&x).is_none());
         assert!(grads.take(&lora.a).is_some() && grads.take(&lora.b).is_some());
     }
 
@@ -311,13 +378,13 @@ mod tests {
             randn(0, &[4, 32], 1.0).to_dtype(DType::BF16).unwrap(),
             randn(1, &[8, 32], 1.0).to_dtype(DType::BF16).unwrap(),
         );
-        let layer = Linear { weight: Value::constant(w.clone()), bias: None, lora: None };
+        let layer = Linear { weight: Value::constant(w.clone()).into(), bias: None, lora: None };
         let y = layer.forward(&Value::constant(x.clone())).unwrap();
         let f32s = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
         let exact = f32s(&x).matmul(&f32s(&w).t().unwrap()).unwrap();
         let rounded = exact.to_dtype(DType::BF16).unwrap();
         assert_eq!(y.dtype(), DType::BF16);
         // Sums in another order may fall on the other side of a rounding boundary: one bf16 ulp.
-        assert!(crate::kernels::testing::relative_error(y.tensor(), &rounded) < 1.0 / 256.0);
+        assert!(relative_error(y.tensor(), &rounded) < 1.0 / 256.0);
     }
 }

@@ -16,6 +16,7 @@ pub mod conv;
 pub mod cpu;
 pub mod cuda;
 pub mod depthwise;
+pub mod int8;
 pub mod linear;
 pub mod math;
 pub mod matmul;
@@ -33,5 +34,6 @@ pub mod tensors;
 pub(crate) mod testing;
 mod tiles;
 pub mod upsample;
+pub mod weight;
 
 pub use tape::{Gradients, Value, backward, no_grad};

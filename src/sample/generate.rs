@@ -5,7 +5,7 @@ use crate::adapters::read::ModuleTable;
 use crate::adapters::runtime::{combine, read_lora};
 use crate::adapters::{LoraAdapter, LoraModule};
 use crate::cache::fingerprint;
-use crate::config::ImageSize;
+use crate::config::{BaseDtype, ImageSize};
 use crate::error::{Error, Result};
 use crate::flow::FlowMatchEuler;
 use crate::kernels::Value;
@@ -81,11 +81,14 @@ impl Generator {
     pub fn open(mut recipe: Recipe, offline: bool, device: Device) -> Result<Self> {
         recipe.check()?;
         let size = recipe.image_size()?;
-        let weights = match recipe.dtype.as_str() {
-            "f32" => DType::F32,
-            "bf16" => DType::BF16,
-            other => return Err(Error::usage("wrong weight type").expected("f32 or bf16", other)),
+        let base = match recipe.dtype.as_str() {
+            "f32" => BaseDtype::F32,
+            "bf16" => BaseDtype::Bf16,
+            "int8" => BaseDtype::Int8,
+            other => return Err(Error::usage("wrong weight type").expected("f32, bf16 or int8", other)),
         };
+        // Activations on the CPU are f32 whatever the weights are; on a GPU bf16 beside all but f32.
+        let compute = if device.is_cpu() || base == BaseDtype::F32 { DType::F32 } else { DType::BF16 };
         let mut hashes: BTreeMap<String, String> = BTreeMap::new();
         for lora in recipe.uses_mut() {
             let hash = match hashes.get(&lora.file) {
@@ -100,7 +103,12 @@ impl Generator {
             }
             lora.hash = hash;
         }
-        let spec = ModelSpec { revision: recipe.revision.clone(), offline, ..ModelSpec::new(&recipe.model) };
+        let spec = ModelSpec {
+            revision: recipe.revision.clone(),
+            offline,
+            transformer: recipe.transformer.as_deref().map(Into::into),
+            ..ModelSpec::new(&recipe.model)
+        };
         let pipeline = ModelSource::resolve(&spec)?;
         let transformer = TransformerConfig::from_file(&pipeline.transformer.config)?;
         let vae = VaeConfig::from_file(&pipeline.vae.config)?;
@@ -119,8 +127,7 @@ impl Generator {
         }
         Ok(Self {
             scheduler: FlowMatchEuler::from_file(&pipeline.scheduler)?,
-            // Activations on the CPU are f32 whatever the weights are; on a GPU they are as the weights.
-            precision: Precision { weights, compute: if device.is_cpu() { DType::F32 } else { weights } },
+            precision: Precision::of(base, compute),
             device,
             latent_channels: vae.z_dim,
             token_side: vae.spatial_compression() * transformer.patch_size,

@@ -31,6 +31,9 @@ pub struct Recipe {
     pub model: String,
     /// Branch, tag or commit of a hub id.
     pub revision: Option<String>,
+    /// A file or folder in place of the model's own transformer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transformer: Option<String>,
     /// Fingerprint of the transformer's files; empty until they are read.
     pub base_fingerprint: String,
     /// What to show.
@@ -52,7 +55,7 @@ pub struct Recipe {
     pub guidance: f64,
     /// `WIDTHxHEIGHT`.
     pub size: String,
-    /// Type of the transformer's weights: `f32` or `bf16`.
+    /// Type of the transformer's weights: `f32`, `bf16` or `int8`.
     pub dtype: String,
 }
 

@@ -145,17 +145,13 @@ pub fn targets(config: &Config, transformer: &TransformerConfig) -> Result<Vec<T
 
 /// The types that weights and activations have. Errors: all weights are to be trained in another type than f32.
 pub fn precision(config: &Config, on_gpu: bool) -> Result<Precision> {
-    let compute = config.training.dtype.resolve(on_gpu);
-    let weights = match config.model.dtype {
-        crate::config::ComputeDtype::Auto => compute,
-        given => given.resolve(on_gpu),
-    };
-    if config.training.mode == TrainingMode::Full && weights != DType::F32 {
+    let precision = Precision::of(config.model.dtype, config.training.dtype.resolve(on_gpu));
+    if config.training.mode == TrainingMode::Full && (precision.int8 || precision.weights != DType::F32) {
         return Err(Error::usage("`training.mode: full` trains weights in f32")
-            .expected("f32 as `model.dtype`", weights.as_str())
+            .expected("f32 as `model.dtype`", precision.base_name())
             .hint("set `model.dtype: f32`; `training.dtype: bf16` is possible beside it"));
     }
-    Ok(Precision { weights, compute })
+    Ok(precision)
 }
 
 /// Checks the tensors of all three networks against their configs, reading headers only, so that a broken file is

@@ -6,6 +6,7 @@
 
 use super::{Case, Computed};
 use crate::error::Result;
+use crate::model::transformer::Precision;
 use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
 
@@ -72,6 +73,8 @@ fn uses_transformer(name: &str) -> bool {
 
 /// [`limit`] for a transformer held and run in bf16 where f32 was recorded: eight bits of each value, through a few
 /// blocks, and for images through a few steps. What Adam makes of the sign of a gradient near zero is not looked at.
+/// Base weights in int8 have these limits too, beside f32 and beside bf16: with f32 both recorded cases are off by 0.5 % in
+/// outputs, 2.5 % in gradients, 2.4e-4 in losses at most.
 fn bf16_limit(name: &str, top: f64) -> f64 {
     match name {
         n if n.starts_with("lora.after") => f64::INFINITY,
@@ -106,7 +109,7 @@ pub fn compare(stage: &'static str, case: &Case, recorded: &[&str], computed: &[
         let found = flat(tensor)?;
         let top = largest(&expected);
         let max_abs = largest_difference(&found, &expected);
-        let in_f32 = case.dtype == DType::F32 || !uses_transformer(name);
+        let in_f32 = case.precision == Precision::uniform(DType::F32) || !uses_transformer(name);
         let limit = if in_f32 { limit(name, golden.dtype().is_float(), top) } else { bf16_limit(name, top) };
         let (mut ok, mut note) = (max_abs <= limit, String::new());
         if name.starts_with("lora.after") && in_f32 {

@@ -1,12 +1,11 @@
 //! Replays training: the gradients of one step, ten AdamW steps, and outputs with an adapter active.
 
-use super::transformer::{Call, image_shapes, lengths, load};
+use super::transformer::{Call, image_shapes, lengths, load, load_changed};
 use crate::adapters::read::ModuleTable;
 use crate::adapters::runtime::{combine, read_lora};
 use crate::adapters::{LoraAdapter, LoraModule};
 use crate::error::{Error, Result};
 use crate::io::JsonObject;
-use crate::kernels::tensors;
 use crate::model::transformer::{Checkpointing, QwenImageTransformer};
 use crate::model::vae::{pack, unpack};
 use crate::optim::{AdamW, AdamWOptions, clip_grad_norm};
@@ -41,7 +40,7 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
     if case.has("lora.out.peft_active") {
         let trained = recorded_adapter(case, "after10")?;
         let inputs = Call::read(case, "tf.b2_mask.")?;
-        let mut model = load(case, case.dtype, |_| {})?;
+        let mut model = load(case, case.precision, |_| {})?;
         let base = inputs.run(&model, &mut |_, _| {})?;
         Trainable::attach(&mut model, &trained)?;
         let active = inputs.run(&model, &mut |_, _| {})?;
@@ -58,14 +57,18 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
 
 /// The case's transformer with an adapter added to its weights.
 fn merged(case: &Case, adapter: &LoraAdapter) -> Result<QwenImageTransformer> {
-    let model = load(case, case.dtype, |_| {})?;
-    for (name, value) in model.parameters() {
-        if let Some(module) = name.strip_suffix(".weight").and_then(|n| adapter.modules.get(n)) {
-            let (weight, delta) = (value.tensor(), module.delta()?.to_device(&case.device)?);
-            tensors::assign(weight, &(weight.to_dtype(DType::F32)? + delta)?.to_dtype(weight.dtype())?)?;
-        }
-    }
-    Ok(model)
+    load_changed(
+        case,
+        case.precision,
+        |_| {},
+        |name, weight| {
+            let Some(module) = name.strip_suffix(".weight").and_then(|n| adapter.modules.get(n)) else {
+                return Ok(weight);
+            };
+            let delta = module.delta()?.to_device(&case.device)?;
+            Ok((weight.to_dtype(DType::F32)? + delta)?.to_dtype(weight.dtype())?)
+        },
+    )
 }
 
 /// The steps: noising, forward, loss, backward, clipping, AdamW.
@@ -79,7 +82,7 @@ fn training(case: &Case) -> Result<Vec<Computed>> {
     let options = AdamWOptions { beta1, beta2, eps: adamw.get("eps")?, weight_decay: adamw.get("weight_decay")? };
     let (lr, max_norm): (f64, f64) = (adamw.get("lr")?, adamw.get("clip")?);
 
-    let mut model = load(case, case.dtype, |_| {})?;
+    let mut model = load(case, case.precision, |_| {})?;
     let trainable = Trainable::attach(&mut model, &recorded_adapter(case, "init")?)?;
     let params = trainable.parameters();
     let mut optimizer = AdamW::new(options);
@@ -132,7 +135,7 @@ fn training(case: &Case) -> Result<Vec<Computed>> {
 /// `adapter.output`: the transformer's output for the `tf.b2_mask` inputs with the case's adapters, exported files or
 /// checkpoint folders, active at run time, each at its weight.
 pub(super) fn adapter_output(case: &Case) -> Result<Computed> {
-    let mut model = load(case, case.dtype, |_| {})?;
+    let mut model = load(case, case.precision, |_| {})?;
     let table = ModuleTable::new(&model.config().modules());
     let mut adapters = Vec::new();
     for (path, weight) in &case.adapters {

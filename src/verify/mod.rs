@@ -21,6 +21,7 @@ pub use report::Report;
 use crate::error::Result;
 use crate::io::JsonObject;
 use crate::io::safetensors::MappedFile;
+use crate::model::transformer::Precision;
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use std::path::{Path, PathBuf};
@@ -39,8 +40,8 @@ pub struct Case {
     pub adapters: Vec<(PathBuf, f64)>,
     /// Where the transformer runs; the other networks run on the CPU.
     pub device: Device,
-    /// The type in which the transformer is held and run where f32 was recorded: f32, or bf16 with wider limits.
-    pub dtype: DType,
+    /// The types in which the transformer is held and run where f32 was recorded: f32, or others with wider limits.
+    pub precision: Precision,
 }
 
 /// A tensor that a stage computed, under the name that it was recorded with.
@@ -81,7 +82,7 @@ impl Case {
             json: JsonObject::open(&folder.join("golden.json"))?,
             adapters: adapters.into_iter().collect(),
             device: Device::Cpu,
-            dtype: DType::F32,
+            precision: Precision::uniform(DType::F32),
         })
     }
 

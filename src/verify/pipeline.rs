@@ -4,7 +4,6 @@ use super::{Case, Computed};
 use crate::error::{Error, Result};
 use crate::flow::FlowMatchEuler;
 use crate::model::source::{ModelSource, ModelSpec};
-use crate::model::transformer::Precision;
 use crate::sample::stages::{encode_prompts, load_transformer, load_vae};
 use crate::sample::{Denoiser, Guidance, PromptBatch, decode_image};
 
@@ -19,7 +18,7 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
     let embeds = encode_prompts(&pipeline, &prompts.each_ref().map(String::as_str), |_, _| {})?;
     let (prompt, negative) = (PromptBatch::new(&embeds[..1])?, PromptBatch::new(&embeds[1..])?);
     let scheduler = FlowMatchEuler::from_file(&pipeline.scheduler)?;
-    let transformer = load_transformer(&pipeline, Precision::uniform(case.dtype), &case.device)?;
+    let transformer = load_transformer(&pipeline, case.precision, &case.device)?;
     let vae = load_vae(&pipeline)?;
 
     let latents = case.tensor("pipe.latents")?; // (1, S, C)

@@ -86,21 +86,33 @@ pub(super) fn image_shapes(rows: &Tensor) -> Result<Vec<ImageShape>> {
 /// The case's transformer.
 pub(super) fn load(
     case: &Case,
-    dtype: DType,
+    precision: Precision,
     change: impl FnOnce(&mut TransformerConfig),
 ) -> Result<QwenImageTransformer> {
+    load_changed(case, precision, change, |_, tensor| Ok(tensor))
+}
+
+/// [`load`] with every tensor, in the type of the float weights, changed by `weight`.
+pub(super) fn load_changed(
+    case: &Case,
+    precision: Precision,
+    change: impl FnOnce(&mut TransformerConfig),
+    weight: impl Fn(&str, Tensor) -> Result<Tensor>,
+) -> Result<QwenImageTransformer> {
+    let dtype = precision.weights;
     let folder = folder(case);
     let mut config = TransformerConfig::from_file(&folder.join("config.json"))?;
     change(&mut config);
     let weights = crate::io::Weights::open_folder(&folder)?;
     let get = |name: &str, shape: &[usize]| {
         // The recorded layered call brings the one weight that the published text-to-image models lack.
-        match name == ADDITION && !weights.contains(ADDITION) {
-            true => Ok(case.tensor("tf.layered.addition_t_embedding")?.to_dtype(dtype)?.to_device(&case.device)?),
-            false => weights.get(name, shape, dtype, &case.device),
-        }
+        let tensor = match name == ADDITION && !weights.contains(ADDITION) {
+            true => case.tensor("tf.layered.addition_t_embedding")?.to_dtype(dtype)?.to_device(&case.device)?,
+            false => weights.get(name, shape, dtype, &case.device)?,
+        };
+        weight(name, tensor)
     };
-    QwenImageTransformer::build(config, Precision::uniform(dtype), &case.device, BaseWeights::Frozen, get)
+    QwenImageTransformer::build(config, precision, &case.device, BaseWeights::Frozen, get)
 }
 
 const ADDITION: &str = "time_text_embed.addition_t_embedding.weight";
@@ -114,14 +126,14 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
     let names = case.golden.names();
     let calls: BTreeSet<&str> =
         names.iter().filter_map(|n| n.strip_prefix("tf.")?.strip_suffix(".hidden_states")).collect();
-    let plain = load(case, case.dtype, |_| {})?;
+    let plain = load(case, case.precision, |_| {})?;
     let mut computed = Vec::new();
     for call in calls {
         let prefix = format!("tf.{call}.");
         let name = |end: &str| format!("{prefix}{end}");
         let inputs = Call::read(case, &prefix)?;
         if inputs.additional_t_cond.is_some() {
-            let layered = load(case, case.dtype, |c| (c.use_additional_t_cond, c.use_layer3d_rope) = (true, true))?;
+            let layered = load(case, case.precision, |c| (c.use_additional_t_cond, c.use_layer3d_rope) = (true, true))?;
             computed.push(Computed::new(name("output"), inputs.run(&layered, &mut |_, _| {})?));
             continue;
         }
@@ -135,7 +147,7 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
         computed.extend(observed);
         computed.push(Computed::new(name("output"), output));
         if case.has(&name("output_zero_cond_t")) {
-            let model = load(case, case.dtype, |c| c.zero_cond_t = true)?;
+            let model = load(case, case.precision, |c| c.zero_cond_t = true)?;
             computed.push(Computed::new(name("output_zero_cond_t"), inputs.run(&model, &mut |_, _| {})?));
         }
         let rounded = inputs.with_bf16_timesteps();
@@ -144,7 +156,7 @@ pub(super) fn run(case: &Case) -> Result<Vec<Computed>> {
             computed.push(Computed::new(name("output_f32_model_bf16_timestep"), output));
         }
         if case.has(&name("output_bf16_model")) {
-            let output = rounded.run(&load(case, DType::BF16, |_| {})?, &mut |_, _| {})?;
+            let output = rounded.run(&load(case, Precision::uniform(DType::BF16), |_| {})?, &mut |_, _| {})?;
             computed.push(Computed::new(name("output_bf16_model"), output));
         }
     }

@@ -7,7 +7,7 @@ use crate::adapters::read::table::ModuleTable;
 use crate::adapters::read::{Component, key::text_name};
 use crate::error::{Error, Result};
 use crate::io::atomic::{part_path, rename_synced, sync_parent};
-use crate::io::checkpoint::{Checkpoint, CheckpointFile, Stored};
+use crate::io::checkpoint::{Checkpoint, CheckpointFile, Stored, bare};
 use crate::io::weights::{Choice, index_files};
 use crate::io::{JsonObject, disk};
 use safetensors::Dtype;
@@ -136,9 +136,7 @@ impl Base {
 
     /// Whether a tensor is stored in fp8 without scales, which has lost more than fp8 need lose.
     pub fn has_unscaled_fp8(&self) -> bool {
-        let plain_fp8 =
-            |t: &Stored| matches!(t.storage, crate::io::checkpoint::Storage::Plain(Dtype::F8_E4M3 | Dtype::F8_E5M2));
-        self.networks.values().any(|n| n.checkpoint.tensors().any(plain_fp8))
+        self.networks.values().any(|n| n.checkpoint.tensors().any(Stored::is_unscaled_fp8))
     }
 
     /// Bytes of weight files that [`Base::merge`] will write.
@@ -372,12 +370,6 @@ fn module_of(component: Component, tensor: &Stored) -> Option<String> {
         Component::TextEncoder => text_name(name),
         Component::Transformer => bare(name).to_string(),
     })
-}
-
-/// A name of the transformer without the prefix of all-in-one files.
-fn bare(name: &str) -> &str {
-    let bare = name.strip_prefix("model.diffusion_model.").or_else(|| name.strip_prefix("diffusion_model."));
-    bare.unwrap_or(name)
 }
 
 /// transformers and diffusers refuse files without this entry.

@@ -161,6 +161,7 @@ fn recipe(args: &ScoreArgs, prompts: &[(Scene, Caption)], seed: u64, loras: Vec<
         program: PROGRAM.into(),
         model: args.model.clone(),
         revision: None,
+        transformer: None,
         base_fingerprint: String::new(),
         prompts: prompts.iter().map(text).collect(),
         // What training puts in place of a caption that it drops.

@@ -20,7 +20,7 @@ pub fn linear_group(x: &Value, activation: Option<Activation>, layers: &[&Linear
     for layer in layers {
         let (y, lora_input) = forward(&input, layer)?;
         let mut shape = x.dims().to_vec();
-        *shape.last_mut().expect("an input has a width") = layer.weight.dims()[0];
+        *shape.last_mut().expect("an input has a width") = layer.weight.dims().0;
         debug_assert_eq!(y.dims()[0], m);
         outputs.push(y.reshape(shape)?);
         lora_inputs.push(lora_input);
@@ -28,7 +28,7 @@ pub fn linear_group(x: &Value, activation: Option<Activation>, layers: &[&Linear
     drop(input);
     let mut inputs = vec![x];
     for layer in layers {
-        inputs.push(&layer.weight);
+        inputs.extend(layer.weight.value());
         inputs.extend(layer.bias.as_ref());
         inputs.extend(layer.lora.as_ref().map(|l| &l.a));
         inputs.extend(layer.lora.as_ref().map(|l| &l.b));
@@ -64,7 +64,7 @@ fn input(x: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
 /// `x W' + b + s (x A') B'`, and `x A'` for the backward pass.
 fn forward(x: &Tensor, layer: &Linear) -> Result<(Tensor, Option<Tensor>)> {
     let dtype = x.dtype();
-    let y = product(x, &layer.weight.tensor().to_dtype(dtype)?.t()?)?;
+    let y = product(x, &layer.weight.dense(dtype)?.t()?)?;
     let bias = layer.bias.as_ref().map(|b| b.tensor().to_dtype(dtype)).transpose()?;
     let Some(lora) = &layer.lora else { return Ok((add_low_rank(y, bias, None)?, None)) };
     let lora_input = product(x, &lora.a.tensor().to_dtype(dtype)?.t()?)?; // (m, r)
@@ -123,20 +123,23 @@ impl Saved {
         let mut out = vec![None];
         for ((layer, grad), lora_input) in self.layers.iter().zip(grads).zip(&self.lora_inputs) {
             let Some(grad) = grad else {
-                let own = 1 + usize::from(layer.bias.is_some()) + 2 * usize::from(layer.lora.is_some());
+                let [weight, bias] = [layer.weight.value().is_some(), layer.bias.is_some()].map(usize::from);
+                let own = weight + bias + 2 * usize::from(layer.lora.is_some());
                 out.extend(std::iter::repeat_n(None, own));
                 continue;
             };
             let dy = matrix(&grad)?; // (m, n)
             drop(grad);
             if self.x_needs_grad {
-                let weight = layer.weight.tensor().to_dtype(dtype)?;
+                let weight = layer.weight.dense(dtype)?;
                 dx = Some(match dx.take() {
                     None => product(&dy, &weight)?,
                     Some(dx) => add_product(dx, &dy, &weight, 1.0)?,
                 });
             }
-            out.push(layer.weight.needs_grad().then(|| product_f32(&dy.t()?, input(), 1.0)).transpose()?);
+            if let Some(weight) = layer.weight.value() {
+                out.push(weight.needs_grad().then(|| product_f32(&dy.t()?, input(), 1.0)).transpose()?);
+            }
             if let Some(bias) = &layer.bias {
                 out.push(bias.needs_grad().then(|| Ok::<_, crate::error::Error>(wide(&dy)?.sum(0)?)).transpose()?);
             }

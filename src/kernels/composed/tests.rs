@@ -107,7 +107,7 @@ fn bf16_linears_agree_with_the_kernel() {
     for activation in [None, Some(Activation::Silu), Some(Activation::GeluTanh)] {
         agree(BF16, &inputs, |v| {
             let layer = |v: &[Value]| Linear {
-                weight: v[0].clone(),
+                weight: v[0].clone().into(),
                 bias: Some(v[1].clone()),
                 lora: Some(Lora { a: v[2].clone(), b: v[3].clone(), scale: 0.75 }),
             };

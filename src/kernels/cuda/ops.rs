@@ -279,6 +279,38 @@ pub fn gelu_backward(x: &Tensor, grad: &Tensor) -> Result<bool> {
     launch(x, name, &args, &[("rows", x.elem_count() / w)])
 }
 
+/// A frozen weight (N, K) as int8 in blocks of 32: bytes (N, K), and f16 scales (N, K / 32).
+pub fn int8_quantise(weight: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+    let (name, (n, k)) = ("int8_quantise", weight.dims2()?);
+    if !(k.is_multiple_of(32) && plain(&[weight]) && runs(weight, name)) {
+        return Ok(None);
+    }
+    let quants = empty((n, k), DType::U8, weight)?;
+    let scales = empty((n, k / 32), DType::F16, weight)?;
+    let args =
+        [("W", Data(weight)), ("Q", Data(&quants)), ("SCALES", Data(&scales)), ("rows", Int(n)), ("width", Int(k))];
+    Ok(launch(weight, name, &args, &[])?.then_some((quants, scales)))
+}
+
+/// The weight (N, K) in bf16 of what [`int8_quantise`] gives.
+pub fn int8_dequantise(quants: &Tensor, scales: &Tensor) -> Result<Option<Tensor>> {
+    let (name, (n, k)) = ("int8_dequantise", quants.dims2()?);
+    let takes = k.is_multiple_of(32) && quants.is_contiguous() && scales.is_contiguous();
+    if !(takes && runs(quants, name)) {
+        return Ok(None);
+    }
+    let weight = empty((n, k), DType::BF16, quants)?;
+    let args = [
+        ("Q", Data(quants)),
+        ("SCALES", Data(scales)),
+        ("W", Data(&weight)),
+        ("rows", Int(n)),
+        ("width", Int(k)),
+        ("row_stride_w", Int(k)),
+    ];
+    Ok(launch(quants, name, &args, &[])?.then_some(weight))
+}
+
 /// The product of small rank that an adapter adds.
 #[derive(Clone, Copy)]
 pub struct LowRank<'a> {

@@ -87,7 +87,7 @@ fn compute() -> Result<Tensors> {
     ];
     op(&mut tensors, "linear", &inputs, |v| {
         let lora = Some(Lora { a: v[3].clone(), b: v[4].clone(), scale: 0.75 });
-        let layer = Linear { weight: v[1].clone(), bias: Some(v[2].clone()), lora };
+        let layer = Linear { weight: v[1].clone().into(), bias: Some(v[2].clone()), lora };
         Ok(vec![layer.forward_activated(&v[0], Activation::GeluTanh)?])
     })?;
 

@@ -47,7 +47,7 @@ impl DecoderLayer {
         };
         let linear = |name: &str, bias: bool| -> Result<Linear> {
             let bias = bias.then(|| value(&format!("{name}.bias"))).transpose()?;
-            Ok(Linear { weight: value(&format!("{name}.weight"))?, bias, lora: None })
+            Ok(Linear { weight: value(&format!("{name}.weight"))?.into(), bias, lora: None })
         };
         Ok(Self {
             input_layernorm: value("input_layernorm.weight")?,

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::io::Weights;
 use crate::kernels::linear::Linear;
 use crate::kernels::math::Activation;
+use crate::kernels::weight::Weight;
 use crate::kernels::{Value, no_grad};
 use candle_core::Device;
 use std::cell::RefCell;
@@ -75,7 +76,12 @@ impl Ahead {
             let float = |part: &str, shape: &[usize]| -> Result<Value> {
                 Ok(Value::constant(self.weights.get(&format!("{name}.{part}"), shape, p.weights, device)?))
             };
-            Ok(Linear { weight: float("weight", &[6 * d, d])?, bias: Some(float("bias", &[6 * d])?), lora: None })
+            // As a block would hold it.
+            let weight = match p.int8 {
+                true => Weight::Int8(self.weights.int8(&format!("{name}.weight"), (6 * d, d))?.to_device(device)?),
+                false => float("weight", &[6 * d, d])?.into(),
+            };
+            Ok(Linear { weight, bias: Some(float("bias", &[6 * d])?), lora: None })
         };
         Ok(Modulation { img_mod: linear("img_mod.1")?, txt_mod: linear("txt_mod.1")? })
     }

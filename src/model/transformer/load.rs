@@ -6,7 +6,9 @@ use super::{Precision, QwenImageTransformer, TimeTextEmbed, TransformerConfig};
 use crate::error::{Error, Result};
 use crate::io::Weights;
 use crate::kernels::Value;
+use crate::kernels::int8::Int8Matrix;
 use crate::kernels::linear::{Linear, Lora};
+use crate::kernels::weight::Weight;
 use crate::rng::{Purpose, Stream};
 use candle_core::{Device, Tensor};
 use std::cell::RefCell;
@@ -35,7 +37,8 @@ impl QwenImageTransformer {
         Self::from_weights(config, &Weights::open_folder(folder)?, precision, device, base)
     }
 
-    /// Builds the network from weights that fit `config`.
+    /// Builds the network from weights that fit `config`. What is to be held in int8 is quantised as it is read: of no weight
+    /// are more than a few rows there in another form.
     pub fn from_weights(
         config: TransformerConfig,
         weights: &Weights,
@@ -44,7 +47,9 @@ impl QwenImageTransformer {
         base: BaseWeights,
     ) -> Result<Self> {
         Self::check_weights(&config, weights)?;
-        Self::build(config, precision, device, base, |name, shape| weights.get(name, shape, precision.weights, device))
+        let float = |name: &str, shape: &[usize]| weights.get(name, shape, precision.weights, device);
+        let int8 = |name: &str, (n, k): (usize, usize)| weights.int8(name, (n, k))?.to_device(device);
+        Self::build_of(config, precision, device, base, None, float, int8)
     }
 
     /// [`from_weights`](Self::from_weights) of frozen weights without those of the modulation, which are read when they are
@@ -58,9 +63,9 @@ impl QwenImageTransformer {
         Self::check_weights(&config, &weights)?;
         let weights = Rc::new(weights);
         let ahead = Some(Ahead::new(weights.clone()));
-        Self::build_with(config, precision, device, BaseWeights::Frozen, ahead, |name, shape| {
-            weights.get(name, shape, precision.weights, device)
-        })
+        let float = |name: &str, shape: &[usize]| weights.get(name, shape, precision.weights, device);
+        let int8 = |name: &str, (n, k): (usize, usize)| weights.int8(name, (n, k))?.to_device(device);
+        Self::build_of(config, precision, device, BaseWeights::Frozen, ahead, float, int8)
     }
 
     /// Checks from the headers alone that `weights` are a whole transformer of these dimensions.
@@ -96,7 +101,8 @@ impl QwenImageTransformer {
         })
     }
 
-    /// Builds the network from what `tensor` gives for each name and shape of the config.
+    /// Builds the network from what `tensor` gives for each name and shape of the config, tensor by tensor quantised if
+    /// `precision` says so.
     pub fn build(
         config: TransformerConfig,
         precision: Precision,
@@ -104,21 +110,29 @@ impl QwenImageTransformer {
         base: BaseWeights,
         tensor: impl Fn(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
-        Self::build_with(config, precision, device, base, None, tensor)
+        let int8 =
+            |name: &str, (n, k): (usize, usize)| Int8Matrix::quantise(name, &tensor(name, &[n, k])?)?.to_device(device);
+        Self::build_of(config, precision, device, base, None, &tensor, int8)
     }
 
-    /// [`build`](Self::build); with `ahead` the modulation is left out.
-    fn build_with(
+    /// With `ahead` the modulation is left out.
+    ///
+    /// Errors (usage): weights that are to be trained, in int8.
+    fn build_of(
         config: TransformerConfig,
         precision: Precision,
         device: &Device,
         base: BaseWeights,
         ahead: Option<Ahead>,
-        tensor: impl Fn(&str, &[usize]) -> Result<Tensor>,
+        float: impl Fn(&str, &[usize]) -> Result<Tensor>,
+        int8: impl Fn(&str, (usize, usize)) -> Result<Int8Matrix>,
     ) -> Result<Self> {
+        if precision.int8 && base == BaseWeights::Trained {
+            return Err(Error::usage("weights in int8 are not trained").hint("hold them in f32"));
+        }
         let shapes: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
         let value = |name: &str| -> Result<Value> {
-            let tensor = tensor(name, &shapes[name])?;
+            let tensor = float(name, &shapes[name])?;
             Ok(match base {
                 BaseWeights::Frozen => Value::constant(tensor),
                 BaseWeights::Trained => Value::leaf(tensor),
@@ -126,11 +140,20 @@ impl QwenImageTransformer {
         };
         let linear = |name: &str| -> Result<Linear> {
             let bias = Some(value(&format!("{name}.bias"))?);
-            Ok(Linear { weight: value(&format!("{name}.weight"))?, bias, lora: None })
+            Ok(Linear { weight: value(&format!("{name}.weight"))?.into(), bias, lora: None })
+        };
+        let block_linear = |name: &str| -> Result<Linear> {
+            if !precision.int8 {
+                return linear(name);
+            }
+            let bias = Some(value(&format!("{name}.bias"))?);
+            let weight = format!("{name}.weight");
+            let shape = &shapes[&weight];
+            Ok(Linear { weight: Weight::Int8(int8(&weight, (shape[0], shape[1]))?), bias, lora: None })
         };
         let block = |i: usize| -> Result<Rc<Block>> {
             let value = |name: &str| value(&format!("transformer_blocks.{i}.{name}"));
-            let linear = |name: &str| linear(&format!("transformer_blocks.{i}.{name}"));
+            let linear = |name: &str| block_linear(&format!("transformer_blocks.{i}.{name}"));
             let mlp = |name: &str| -> Result<FeedForward> {
                 Ok(FeedForward { proj: linear(&format!("{name}.net.0.proj"))?, out: linear(&format!("{name}.net.2"))? })
             };
@@ -209,7 +232,7 @@ impl QwenImageTransformer {
         })
     }
 
-    /// Every base parameter by its checkpoint name, in the model's order.
+    /// Every base parameter that is held as floats by its checkpoint name, in the model's order.
     pub fn parameters(&self) -> Vec<(String, Value)> {
         let mut out = Vec::new();
         let ends = [
@@ -221,7 +244,7 @@ impl QwenImageTransformer {
             ("proj_out", &self.proj_out),
         ];
         let mut add = |name: String, linear: &Linear| {
-            out.push((format!("{name}.weight"), linear.weight.clone()));
+            out.extend(linear.weight.value().map(|w| (format!("{name}.weight"), w.clone())));
             out.extend(linear.bias.iter().map(|b| (format!("{name}.bias"), b.clone())));
         };
         ends.into_iter().for_each(|(name, linear)| add(name.into(), linear));

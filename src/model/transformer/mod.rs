@@ -8,6 +8,7 @@ mod block;
 mod config;
 mod load;
 mod positions;
+mod precision;
 
 pub use crate::config::Checkpointing;
 pub use ahead::{Held, Modulation};
@@ -15,6 +16,7 @@ pub use block::{Block, Context};
 pub use config::TransformerConfig;
 pub use load::BaseWeights;
 pub use positions::{ImageShape, rotary_tables, time_features};
+pub use precision::Precision;
 
 use crate::error::{Error, Result};
 use crate::kernels::Value;
@@ -30,22 +32,6 @@ use block::{EPS, Keeps};
 use candle_core::{DType, Device, Tensor};
 use std::cell::RefCell;
 use std::rc::Rc;
-
-/// In what types a network is held and run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Precision {
-    /// Type of the base weights in memory: f32 or bf16.
-    pub weights: DType,
-    /// Type of activations: f32 or bf16. Adapters are f32 in any case.
-    pub compute: DType,
-}
-
-impl Precision {
-    /// One type for both.
-    pub fn uniform(dtype: DType) -> Self {
-        Self { weights: dtype, compute: dtype }
-    }
-}
 
 /// `QwenImageTransformer2DModel`.
 ///

@@ -16,7 +16,7 @@ use crate::rng::{Purpose, Stream};
 use crate::train::memory::{Step, StepShape, feeds_modulation};
 use crate::train::step::{NoisyBatch, forward_backward_observed};
 use crate::train::trainable::Trainable;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 pub use guided::Guided;
 use guided::GuidedReport;
 use process::{peak_rss_mib, since_process_start};
@@ -215,7 +215,7 @@ pub fn bench(
     Ok(BenchReport {
         engine: "qwen-lora",
         device: gpu.name,
-        dtype: if model.precision().compute == DType::BF16 { "bf16" } else { "f32" },
+        dtype: model.precision().base_name(),
         checkpointing: shape.checkpointing.as_str(),
         threads: rayon::current_num_threads(),
         batch: shape.batch,

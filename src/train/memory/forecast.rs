@@ -6,6 +6,7 @@
 
 use crate::config::{Checkpointing, Config, MemorySize, TrainingMode};
 use crate::error::Result;
+use crate::kernels::int8::{Int8Matrix, PANEL};
 use crate::model::transformer::{Precision, TransformerConfig};
 use crate::train::ahead::window;
 use crate::train::setup::{self, RunData};
@@ -110,8 +111,14 @@ impl<'a> Step<'a> {
             }
             Checkpointing::Full => layers * FULL_WIDTHS * d * size + whole,
         };
-        // A weight of another type than f32 is widened for a product on the CPU; the largest has 4 D x D values.
-        let widened = if precision.weights == DType::F32 { 0 } else { 4 * d * d * F32 };
+        // A weight of another type than f32 is widened for a product on the CPU; the largest has 4 D x D values. Int8 is
+        // widened in panels; on a GPU a whole weight, of the modulation at most (6 D x D), is there in bf16.
+        let widened = match (precision.int8, precision.weights == DType::F32) {
+            (false, true) => 0,
+            (false, false) => 4 * d * d * F32,
+            (true, true) => PANEL * F32,
+            (true, false) => (6 * d * d * size).max(PANEL * F32),
+        };
         let bytes = |n: usize| MemorySize(n as u64);
         Forecast {
             weights: bytes(weight_bytes(config, precision, streamed)),
@@ -127,9 +134,12 @@ impl<'a> Step<'a> {
 
 /// The base model in memory.
 fn weight_bytes(config: &TransformerConfig, precision: Precision, streamed: bool) -> usize {
-    let counts = |name: &str| !(streamed && name.contains("_mod.1."));
-    let of = |(name, shape): &(String, Vec<usize>)| if counts(name) { shape.iter().product() } else { 0 };
-    config.tensors().iter().map(of).sum::<usize>() * precision.weights.size_in_bytes()
+    let bytes = |(name, shape): &(String, Vec<usize>)| match shape[..] {
+        _ if streamed && name.contains("_mod.1.") => 0,
+        [n, k] if precision.int8 && name.starts_with("transformer_blocks.") => Int8Matrix::bytes_of((n, k)),
+        _ => shape.iter().product::<usize>() * precision.weights.size_in_bytes(),
+    };
+    config.tensors().iter().map(bytes).sum()
 }
 
 /// Base parameters.
@@ -206,6 +216,7 @@ impl fmt::Display for Forecast {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::config::BaseDtype;
 
     /// 1024x1024, one sample, 512 text tokens, rank 16 on the twelve targets of each block.
     pub fn megapixel(transformer: &TransformerConfig) -> Step<'_> {
@@ -235,6 +246,11 @@ pub(super) mod tests {
         assert!((gigabytes(none.adapter) - 0.425).abs() < 0.001);
         assert_eq!(none.optimizer.0, 2 * none.adapter.0);
         assert!((gigabytes(none.activations) - 24.0).abs() < 0.3, "{none}");
+        let int8 = Precision::of(BaseDtype::Int8, DType::BF16);
+        let [int8, streamed] = [false, true].map(|s| megapixel(&published).forecast(int8, Checkpointing::Full, s));
+        // 20.38 of the 20.43 billion are in matrices of blocks: 17/16 bytes each.
+        assert!((gigabytes(int8.weights) - 21.75).abs() < 0.01, "{int8}");
+        assert!(gigabytes(streamed.total()) < 22.0, "{streamed}");
         let full = forecast(Checkpointing::Full);
         assert!((gigabytes(full.activations) - 2.1).abs() < 0.05, "{full}");
         let selective = forecast(Checkpointing::Selective);

@@ -7,11 +7,13 @@ use super::{Case, Sizes, randn};
 use crate::error::Result;
 use crate::kernels::Value;
 use crate::kernels::attention::{Stream, joint_attention};
+use crate::kernels::int8::Int8Matrix;
 use crate::kernels::linear::{Linear, Lora, linear_group};
 use crate::kernels::math::Activation as Nonlinearity;
 use crate::kernels::modulation::{TokenRows, gated_residual};
 use crate::kernels::norm::{modulated_norm, rms_norm};
 use crate::kernels::rope::{Rope, norm_rope};
+use crate::kernels::weight::Weight;
 use candle_core::Tensor;
 
 /// All cases of one size.
@@ -40,9 +42,13 @@ pub(super) fn all(sizes: Sizes) -> Result<Vec<Case>> {
     };
     for &(m, k, n) in shapes {
         let activation = (k > n).then_some(Nonlinearity::GeluTanh);
-        all.push(linear(m, k, n, if k == n { 3 } else { 1 }, activation)?);
+        all.push(linear(m, k, n, if k == n { 3 } else { 1 }, activation, Held::Float)?);
     }
-    all.push(linear(2, width, 6 * width, 1, Some(Nonlinearity::Silu))?);
+    all.push(linear(2, width, 6 * width, 1, Some(Nonlinearity::Silu), Held::Float)?);
+    all.push(match sizes {
+        Sizes::Small => linear(77, 320, 208, 2, None, Held::Int8)?,
+        Sizes::Published => linear(4096, 3072, 3072, 3, None, Held::Int8)?,
+    });
     all.push(text_norm(if sizes == Sizes::Small { 304 } else { 3584 })?);
     Ok(all)
 }
@@ -116,8 +122,17 @@ fn gate(batch: usize, tokens: usize, width: usize, conditioned: bool) -> Result<
     })
 }
 
+/// How frozen weights are held.
+#[derive(Clone, Copy, PartialEq)]
+enum Held {
+    /// In the compute type.
+    Float,
+    /// Quantised where they are, and back.
+    Int8,
+}
+
 /// A group of `layers` frozen linears with adapters of rank 16 and 8 in turn.
-fn linear(m: usize, k: usize, n: usize, layers: usize, activation: Option<Nonlinearity>) -> Result<Case> {
+fn linear(m: usize, k: usize, n: usize, layers: usize, activation: Option<Nonlinearity>, held: Held) -> Result<Case> {
     let mut inputs = vec![(randn(0, &[m, k], 1.0)?, Activation)];
     for i in 0..layers {
         let (item, rank) = (10 * i as u64, if i % 2 == 0 { 16 } else { 8 });
@@ -137,16 +152,22 @@ fn linear(m: usize, k: usize, n: usize, layers: usize, activation: Option<Nonlin
         Some(Nonlinearity::Silu) => "SiLU + ",
         None => "",
     };
+    let in_int8 = if held == Held::Int8 { " in int8" } else { "" };
     Ok(Case {
-        name: format!("{what}{layers} linear + LoRA {m}x{k}x{n}"),
+        name: format!("{what}{layers} linear{in_int8} + LoRA {m}x{k}x{n}"),
         inputs,
         op: Box::new(move |v| {
-            let layer = |v: &[Value]| Linear {
-                weight: v[0].clone(),
-                bias: Some(v[1].clone()),
-                lora: Some(Lora { a: v[2].clone(), b: v[3].clone(), scale: 0.5 }),
+            let layer = |v: &[Value]| -> Result<Linear> {
+                Ok(Linear {
+                    weight: match held {
+                        Held::Float => v[0].clone().into(),
+                        Held::Int8 => Weight::Int8(Int8Matrix::quantise("weight", v[0].tensor())?),
+                    },
+                    bias: Some(v[1].clone()),
+                    lora: Some(Lora { a: v[2].clone(), b: v[3].clone(), scale: 0.5 }),
+                })
             };
-            let layers: Vec<Linear> = v[1..].chunks_exact(4).map(layer).collect();
+            let layers: Vec<Linear> = v[1..].chunks_exact(4).map(layer).collect::<Result<_>>()?;
             linear_group(&v[0], activation, &layers.iter().collect::<Vec<_>>())
         }),
         names: all,

@@ -1,8 +1,9 @@
-//! Ten training steps of a small model in bf16, as the device runs them, against f32: every gradient of the first step,
-//! and the losses.
+//! Ten training steps of a small model in bf16 and with base weights in int8, as the device runs them, against f32: every
+//! gradient of the first step, and the losses.
 
 use super::{Row, Sizes, randn};
 use crate::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
+use crate::config::BaseDtype;
 use crate::error::Result;
 use crate::kernels::Value;
 use crate::kernels::route::composed_only;
@@ -57,12 +58,14 @@ pub(super) fn check(device: &Device, sizes: Sizes) -> Result<Vec<Row>> {
     let reference_device = if sizes == Sizes::Small { &Device::Cpu } else { device };
     let weights = small.weights(reference_device)?;
     let reference = match sizes {
-        Sizes::Small => small.train(&weights, reference_device, DType::F32)?,
-        Sizes::Published => composed_only(|| small.train(&weights, reference_device, DType::F32))?,
+        Sizes::Small => small.train(&weights, reference_device, Precision::uniform(DType::F32))?,
+        Sizes::Published => composed_only(|| small.train(&weights, reference_device, Precision::uniform(DType::F32)))?,
     };
-    let mut rows = compare(&small, "bf16", &reference, &small.train(&weights, device, DType::BF16)?);
-    let composed = composed_only(|| small.train(&weights, device, DType::BF16))?;
+    let (bf16, int8) = (Precision::uniform(DType::BF16), Precision::of(BaseDtype::Int8, DType::BF16));
+    let mut rows = compare(&small, "bf16", &reference, &small.train(&weights, device, bf16)?);
+    let composed = composed_only(|| small.train(&weights, device, bf16))?;
     rows.extend(compare(&small, "bf16 composed", &reference, &composed));
+    rows.extend(compare(&small, "int8 base, bf16", &reference, &small.train(&weights, device, int8)?));
     Ok(rows)
 }
 
@@ -106,9 +109,9 @@ fn one_less_cosine(a: Option<&[f32]>, b: Option<&[f32]>) -> f64 {
 }
 
 impl Small {
-    fn train(&self, weights: &Weights, device: &Device, dtype: DType) -> Result<Trained> {
-        let precision = Precision::uniform(dtype);
-        let weight = |name: &str, _: &[usize]| Ok(weights[name].tensor().to_dtype(dtype)?.to_device(device)?);
+    fn train(&self, weights: &Weights, device: &Device, precision: Precision) -> Result<Trained> {
+        let weight =
+            |name: &str, _: &[usize]| Ok(weights[name].tensor().to_dtype(precision.weights)?.to_device(device)?);
         let mut model =
             QwenImageTransformer::build(self.config.clone(), precision, device, BaseWeights::Frozen, weight)?;
         let entries = ["qkv", "mlp", "fusion", "modulation", "entry"];
@@ -167,16 +170,47 @@ impl Small {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::int8::Int8Matrix;
 
     #[test]
     fn bf16_training_follows_f32() {
         let rows = check(&Device::Cpu, Sizes::Small).unwrap();
-        assert_eq!(rows.len(), 4);
+        assert_eq!(rows.len(), 6);
         for row in rows {
             assert!(row.ok, "{row:?}");
             // bf16 is at work: the distance is that of eight bits, not nothing.
             assert!(row.error > 1e-7, "{row:?}");
         }
+    }
+
+    #[test]
+    fn int8_weights_alone_leave_losses_and_gradients_where_they_were() {
+        let (small, cpu) = (Small::new(Sizes::Small), Device::Cpu);
+        let weights = small.weights(&cpu).unwrap();
+        let reference = small.train(&weights, &cpu, Precision::uniform(DType::F32)).unwrap();
+        let int8 = small.train(&weights, &cpu, Precision::of(BaseDtype::Int8, DType::F32)).unwrap();
+        let rows = compare(&small, "int8", &reference, &int8);
+        assert!(rows[0].error < 1e-3 && rows[1].error < 2e-4, "{rows:?}");
+        // Lengths too, not directions alone.
+        let length = |g: &Option<Vec<f32>>| g.iter().flatten().map(|v| f64::from(v * v)).sum::<f64>().sqrt();
+        for ((name, a), b) in reference.names.iter().zip(&reference.gradients).zip(&int8.gradients) {
+            assert!((length(b) - length(a)).abs() <= 0.02 * length(a), "{name}: {} {}", length(a), length(b));
+        }
+        // And the same weights held as floats give the same but for rounding.
+        let held = |(name, value): (&String, &Value)| {
+            let w = value.tensor();
+            let in_block = name.starts_with("transformer_blocks.") && w.rank() == 2;
+            let w = if in_block {
+                Int8Matrix::quantise(name, w).unwrap().dequantise(DType::F32).unwrap()
+            } else {
+                w.clone()
+            };
+            (name.clone(), Value::constant(w))
+        };
+        let held: Weights = weights.iter().map(held).collect();
+        let twin = small.train(&held, &cpu, Precision::uniform(DType::F32)).unwrap();
+        let rows = compare(&small, "int8", &twin, &int8);
+        assert!(rows[0].error < 1e-6 && rows[1].error < 1e-9, "{rows:?}");
     }
 
     #[test]
