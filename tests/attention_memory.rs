@@ -110,8 +110,9 @@ fn an_int8_network_is_loaded_without_a_second_copy_of_any_weight() {
     let matrices = 2 * 36 * d * d;
     let held = matrices + matrices / 16;
     assert!(floats < held / 4, "{floats} bytes of floats");
-    assert!(peak >= held + floats, "{peak} bytes are too few for {held}");
-    assert!(peak < held + floats + (4 << 20), "{} bytes beside the network", peak - held - floats);
+    // What a test before this one frees meanwhile is not added.
+    assert!(peak > held, "{peak} bytes are too few for {held}");
+    assert!(peak < held + floats + (4 << 20), "{peak} bytes for {}", held + floats);
 }
 
 /// The product with an int8 weight of 64 MiB in f32, forward and backward, takes a panel of 8 MiB beside what the product

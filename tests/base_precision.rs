@@ -52,6 +52,11 @@ fn int8_trains_as_f32_does_and_resumes_to_the_same_bytes() {
     }
     let config = std::fs::read_to_string(whole.run("config.yaml")).unwrap();
     assert_says(&config, &["dtype: int8"]);
+
+    // With the modulation read from the disk it is the same int8.
+    let streamed = Workplace::new();
+    streamed.train_ok(&[&INT8[..], &["--set", "model.modulation=streamed"]].concat());
+    assert_eq!(streamed.metrics(), whole.metrics());
 }
 
 /// What a run of four steps leaves: its losses and its adapter.
