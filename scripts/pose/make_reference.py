@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import hands
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -144,6 +146,16 @@ def main():
     for k, v in tensors.items():
         print(k, tuple(v.shape), float(v.float().abs().mean()))
     save_file(tensors, out / "openpose.safetensors")
+
+    # 96 x 64 with the grey that fills up to multiples of 32; the network of points looks at all of it.
+    pixels = photo("astronaut.jpg", 60, 90)
+    w = load_file(ROOT / "assets/hands.safetensors")
+    filled = F.pad(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1.0, (0, 4, 0, 6))
+    tensors = {"pixels": pixels}
+    for stride, (scores, boxes) in hands.palm(w, filled).items():
+        tensors |= {f"score.{stride}": scores.contiguous(), f"box.{stride}": boxes.contiguous()}
+    tensors |= dict(zip(("points", "presence", "right"), hands.landmark(w, filled * 0.5 + 0.5)))
+    save_file(tensors, out / "hands.safetensors")
 
     # As the formula gives them, but of the size of normalised latents.
     z = formula("latents", (1, 16, 4, 5)) * (16 * 4 * 5 / 6.0) ** 0.5 * 2.0

@@ -24,7 +24,7 @@ pub struct PoseArgs {
     /// OpenPose's body weights: a file or a hub id [default: lllyasviel/Annotators]
     #[arg(long, value_name = "WEIGHTS")]
     pub body: Option<String>,
-    /// OpenPose's hand weights: a file or a hub id [default: no hand network]
+    /// `builtin` (hands and their 21 points in photos), or OpenPose's hand weights: a file or a hub id [default: no hand network]
     #[arg(long, value_name = "WEIGHTS")]
     pub hand: Option<String>,
     /// Folder for the drawn pictures, `NAME.pose.png` [default: beside each picture]
@@ -50,9 +50,9 @@ pub fn run(args: &PoseArgs) -> Result<()> {
         body: args.body.clone().unwrap_or(defaults.body),
         hand: args.hand.clone(),
     };
-    if spec.network != "openpose" && (args.body.is_some() || args.hand.is_some()) {
-        return Err(Error::usage("`--body` and `--hand` are OpenPose's weights")
-            .expected("`--network openpose` with them", format!("`--network {}`", spec.network)));
+    if spec.network != "openpose" && args.body.is_some() {
+        return Err(Error::usage("`--body` is OpenPose's weights")
+            .expected("`--network openpose` with it", format!("`--network {}`", spec.network)));
     }
     let network = spec.load(HubOptions::from_env(), &mut |notice| tell(format_args!("note: {notice}")))?;
     if let Some(folder) = &args.out {

@@ -283,7 +283,9 @@ section! {
         network: String = "posenet".into();
         /// OpenPose's body weights: a file, a folder or a hub id.
         body: String = "lllyasviel/Annotators".into();
-        /// OpenPose's hand weights, for `qwen-lora pose`; the loss does not use them.
+        /// `builtin` finds and counts hands in photos, for the loss, the weights of regions and the filters. OpenPose's hand
+        /// weights (a file, a folder or a hub id) give points for `qwen-lora pose` alone. Without either, hands are where
+        /// wrists end, unless the network knows them.
         hand: Option<String> = None;
     }
 }

@@ -61,6 +61,15 @@ impl PixelBox {
         (b.x1 > b.x0 && b.y1 > b.y0).then_some(b)
     }
 
+    /// The share of both boxes' union that they have in common.
+    pub fn overlap(&self, other: &Self) -> f32 {
+        let w = self.x1.min(other.x1) - self.x0.max(other.x0);
+        let h = self.y1.min(other.y1) - self.y0.max(other.y0);
+        let common = w.max(0.0) * h.max(0.0);
+        let union = self.width() * self.height() + other.width() * other.height() - common;
+        if union > 0.0 { common / union } else { 0.0 }
+    }
+
     /// Width.
     pub fn width(&self) -> f32 {
         self.x1 - self.x0
@@ -86,7 +95,7 @@ pub struct Person {
 pub struct Hand {
     /// `left` or `right`, as the person sees it; empty if the network does not say.
     pub side: &'static str,
-    /// Confidence of the keypoint it was found by.
+    /// How sure a hand network is of it, else the confidence of the keypoint it was found by.
     pub score: f32,
     /// Where it is.
     #[serde(rename = "box")]

@@ -1,7 +1,7 @@
 //! Skeletons and boxes on a picture, so that a person sees what a network sees.
 
 use super::detection::{Detection, Keypoint, PixelBox};
-use super::skeleton::Skeleton;
+use super::skeleton::{HAND as SIDELESS_HAND, Skeleton};
 use image::{Rgb, RgbImage};
 
 /// Colours of persons' skeletons, one after the other.
@@ -37,7 +37,9 @@ pub fn draw(image: &mut RgbImage, found: &Detection, skeleton: &Skeleton) {
             dot(image, k.x, k.y, dimmed(colour, k.score), 1.6 * thickness);
         }
     }
-    for (kind, peaks) in found.peaks.iter().enumerate() {
+    // Hands that are nobody's in particular have their boxes.
+    let told = |kind: &usize| skeleton.keypoints()[*kind] != SIDELESS_HAND;
+    for (kind, peaks) in found.peaks.iter().enumerate().filter(|(kind, _)| told(kind)) {
         let owned = |peak: &Keypoint| {
             found.persons.iter().filter_map(|p| p.keypoints[kind]).any(|k| (k.x - peak.x).hypot(k.y - peak.y) < 1.0)
         };

@@ -8,6 +8,7 @@ pub mod compare;
 pub mod detection;
 pub mod draw;
 pub mod grouping;
+pub mod hands;
 pub mod heatmap;
 pub mod openpose;
 pub mod peaks;
@@ -52,19 +53,27 @@ pub trait PoseNetwork: Send + Sync {
 
     /// Persons, hands and limbs of one image (1, 3, H, W), in its pixels. No gradients.
     fn detect(&self, image: &Tensor) -> Result<Detection>;
+
+    /// The same of a picture, looked for at the network's own scale.
+    fn detect_picture(&self, picture: &RgbImage) -> Result<Detection> {
+        let mut found = self.detect(&shrunk(picture, self.detection_side())?)?;
+        found.rescale(picture.height() as usize, picture.width() as usize);
+        Ok(found)
+    }
 }
 
 /// The persons, hands and limbs of a picture, in its pixels, looked for at the network's own scale.
-pub fn detect_image(network: &dyn PoseNetwork, image: &RgbImage) -> Result<Detection> {
-    let (width, height) = (image.width() as usize, image.height() as usize);
-    let scale = (network.detection_side() as f64 / width.max(height) as f64).min(1.0);
-    let shrunk = |side: usize| ((side as f64 * scale).round() as usize).max(1);
-    let (h, w) = (shrunk(height), shrunk(width));
-    let small = cover_crop(image, h, w)?;
-    let pixels = Tensor::from_vec(to_pixels(&small), (1, 3, h, w), &Device::Cpu)?;
-    let mut detection = network.detect(&pixels)?;
-    detection.rescale(height, width);
-    Ok(detection)
+pub fn detect_image(network: &dyn PoseNetwork, picture: &RgbImage) -> Result<Detection> {
+    network.detect_picture(picture)
+}
+
+/// A picture as an image (1, 3, H, W) in [-1, 1] whose longer side is at most `longest` pixels.
+fn shrunk(picture: &RgbImage, longest: usize) -> Result<Tensor> {
+    let (width, height) = (picture.width() as usize, picture.height() as usize);
+    let scale = (longest as f64 / width.max(height) as f64).min(1.0);
+    let side = |side: usize| ((side as f64 * scale).round() as usize).max(1);
+    let (h, w) = (side(height), side(width));
+    Ok(Tensor::from_vec(to_pixels(&cover_crop(picture, h, w)?), (1, 3, h, w), &Device::Cpu)?)
 }
 
 /// Which network, and where its weights are: the config's `pose:`.
@@ -74,7 +83,7 @@ pub struct PoseSpec {
     pub network: String,
     /// OpenPose's body weights: a file or a hub id.
     pub body: String,
-    /// OpenPose's hand weights: a file or a hub id; `None` goes without.
+    /// `builtin`, or OpenPose's hand weights (a file or a hub id); `None` goes without.
     pub hand: Option<String>,
 }
 
@@ -87,13 +96,34 @@ impl Default for PoseSpec {
 impl PoseSpec {
     /// Loads the network. For OpenPose, `notice` is told of its licence.
     ///
-    /// Errors (usage): neither a known name nor a file; weights of another network; no way to the hub.
+    /// Errors (usage): neither a known name nor a file; weights of another network; hands for a network that has its
+    /// own, or OpenPose's for another one; no way to the hub.
     pub fn load(&self, hub: HubOptions, notice: &mut dyn FnMut(&str)) -> Result<Box<dyn PoseNetwork>> {
+        let own = self.hand.as_deref().filter(|hand| *hand != hands::BUILTIN);
+        if let Some(hand) = own
+            && self.network != "openpose"
+        {
+            return Err(Error::usage(format!("the hand network `{hand}` goes with OpenPose alone"))
+                .expected("`builtin`, or none", format!("`{hand}` with the network `{}`", self.network)));
+        }
+        let body = self.load_body(own, hub, notice)?;
+        match self.hand.as_deref() {
+            Some(hands::BUILTIN) => Ok(Box::new(hands::WithHands::new(body, hands::HandFinder::embedded()?)?)),
+            _ => Ok(body),
+        }
+    }
+
+    fn load_body(
+        &self,
+        hand: Option<&str>,
+        hub: HubOptions,
+        notice: &mut dyn FnMut(&str),
+    ) -> Result<Box<dyn PoseNetwork>> {
         match self.network.as_str() {
             "posenet" => Ok(Box::new(posenet::PoseNet::embedded()?)),
             "openpose" => {
                 notice(openpose::LICENCE_NOTICE);
-                Ok(Box::new(openpose::OpenPose::load(&self.body, self.hand.as_deref(), &hub)?))
+                Ok(Box::new(openpose::OpenPose::load(&self.body, hand, &hub)?))
             }
             "world" => Ok(Box::new(heatmap::HeatmapNetwork::world()?)),
             file if Path::new(file).is_file() => Ok(Box::new(heatmap::HeatmapNetwork::load(Path::new(file))?)),

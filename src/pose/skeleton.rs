@@ -16,6 +16,9 @@ pub struct Counted {
     pub groups: Vec<Vec<usize>>,
 }
 
+/// The keypoint of a network that finds hands without saying whose they are, and whether left or right.
+pub const HAND: &str = "hand";
+
 /// Names that are limbs when a network has both ends.
 const LIMBS: [(&str, &str); 34] = [
     ("head", "neck"),
@@ -75,6 +78,13 @@ impl Skeleton {
     pub fn with_limbs(mut self, limbs: Vec<(usize, usize)>) -> Self {
         self.limbs = limbs;
         self
+    }
+
+    /// The same with one more keypoint, which is joined to none.
+    pub fn with_keypoint(&self, name: &str) -> Self {
+        let mut wider = self.clone();
+        wider.keypoints.push(name.into());
+        wider
     }
 
     /// Names, in the order of the maps.
@@ -148,5 +158,9 @@ mod tests {
         assert_eq!((drawn.counted().what, drawn.counted().groups), ("hands", vec![vec![3, 4]]));
         assert_eq!(drawn.limb_ends(), [3, 4, 5]);
         assert_eq!(Skeleton::of(&["a", "b"]).counted().what, "keypoints");
+
+        let with_hands = photo.with_keypoint(HAND);
+        assert_eq!(with_hands.limbs(), photo.limbs());
+        assert_eq!((with_hands.counted().what, with_hands.counted().groups), ("hands", vec![vec![5]]));
     }
 }
