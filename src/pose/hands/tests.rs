@@ -2,6 +2,7 @@ use super::*;
 use crate::kernels::backward;
 use crate::kernels::cpu::view;
 use crate::kernels::testing::randn;
+use crate::pose::compare::compare;
 use crate::pose::posenet::PoseNet;
 use crate::pose::weights::Recorded;
 use crate::pose::{PoseNetwork, PoseSpec};
@@ -160,6 +161,12 @@ fn the_map_counts_hands_beside_the_bodys_keypoints() {
     let alone = maps(&one);
     assert!((left(&all) - left(&alone)).abs() < 0.3 * left(&all), "{} {}", left(&all), left(&alone));
     assert!(count(&all) - left(&all) > 3.0 * (count(&alone) - left(&alone)));
+
+    // The loss: nothing between equal maps, and one of two hands that is missing is an error of one half.
+    let counted = network.skeleton().counted();
+    let terms = |p: &Tensor, q: &Tensor| compare(&view(p).unwrap(), &view(q).unwrap(), 18, &counted);
+    assert_eq!(terms(&all, &all).count, 0.0);
+    assert!((0.05..0.3).contains(&terms(&alone, &all).count), "{}", terms(&alone, &all).count);
 
     let found = network.detect_picture(&two).unwrap();
     assert_eq!((found.hands.len(), found.peaks[17].len()), (2, 2));
