@@ -25,8 +25,9 @@ impl WithHands {
     pub fn new(body: Box<dyn PoseNetwork>, hands: HandFinder) -> Result<Self> {
         let skeleton = body.skeleton();
         if !skeleton.hands().is_empty() {
-            return Err(Error::usage(format!("the pose network `{}` finds hands itself", body.name()))
-                .hint("leave `hand` out"));
+            return Err(
+                Error::usage(format!("the pose network `{}` finds hands itself", body.name())).hint("leave `hand` out")
+            );
         }
         let both = format!("{}\n{}", body.fingerprint(), hands.fingerprint());
         Ok(Self {
