@@ -2,7 +2,7 @@
 
 use crate::cli::generate::{WeightType, parse_lora, read_prompts};
 use crate::cli::{print_line, use_threads};
-use crate::config::{Config, DeviceChoice, ImageSize, TrainingMode};
+use crate::config::{Config, DeviceChoice, ImageSize, NO_PROMPT, TrainingMode};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::generated::{self, Run, Variant};
@@ -235,7 +235,7 @@ fn adapters(args: &EvalArgs, model: &str) -> Result<Subject> {
         transformer: None,
         base_fingerprint: String::new(),
         prompts: read_prompts(prompts)?,
-        negative_prompt: " ".into(),
+        negative_prompt: NO_PROMPT.into(),
         seeds: vec![0, 1, 2, 3],
         loras: Vec::new(),
         routed: Vec::new(),

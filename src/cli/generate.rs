@@ -3,7 +3,7 @@
 use crate::cli::adapters::path_and_weight;
 use crate::cli::route::Routing;
 use crate::cli::{print_line, use_threads};
-use crate::config::{DeviceChoice, ImageSize};
+use crate::config::{DeviceChoice, ImageSize, NO_PROMPT};
 use crate::device;
 use crate::error::{Error, Result, nearest};
 use crate::io::png;
@@ -166,7 +166,7 @@ fn recipe(args: &GenerateArgs, on_cpu: bool) -> Result<Recipe> {
             transformer: None,
             base_fingerprint: String::new(),
             prompts: Vec::new(),
-            negative_prompt: " ".into(),
+            negative_prompt: NO_PROMPT.into(),
             seeds: vec![0],
             loras: Vec::new(),
             routed: Vec::new(),

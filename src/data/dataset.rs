@@ -1,6 +1,6 @@
 //! A folder of captioned images: `name.txt` beside `name.jpg`, `.png` or `.webp`.
 
-use crate::config::Masks;
+use crate::config::{Masks, NO_PROMPT};
 use crate::data::files::{self, FoundImage};
 use crate::data::filter::LeftOut;
 use crate::data::image::{self, Size};
@@ -199,9 +199,9 @@ impl Dataset {
         &self.notices
     }
 
-    /// All distinct captions, sorted; the empty one, which dropped captions become, always among them.
+    /// All distinct captions, sorted; what dropped ones become always among them.
     pub fn captions(&self) -> Vec<&str> {
-        let mut captions = BTreeSet::from([""]);
+        let mut captions = BTreeSet::from([NO_PROMPT]);
         captions.extend(self.items.iter().map(|i| i.caption.as_str()));
         captions.into_iter().collect()
     }

@@ -4,7 +4,7 @@ use crate::cli::generate::parse_lora;
 use crate::cli::world::Which;
 use crate::cli::world::distance::{self, Distance};
 use crate::cli::{print_line, use_threads};
-use crate::config::DeviceChoice;
+use crate::config::{DeviceChoice, NO_PROMPT};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::io::png;
@@ -85,8 +85,10 @@ pub struct ScoreArgs {
 /// Errors: those of `generate`; more prompts than there are (usage).
 pub fn run(args: &ScoreArgs) -> Result<()> {
     use_threads(args.threads)?;
-    if args.batch_size == 0 {
-        return Err(Error::usage("`--batch-size` is 0").expected("1 or more", 0));
+    for (flag, value) in [("--batch-size", args.batch_size), ("--count", args.count)] {
+        if value == 0 {
+            return Err(Error::usage(format!("`{flag}` is 0")).expected("1 or more", 0));
+        }
     }
     let prompts = Pool::new(args.which.split, args.which.kind).prompts(args.seed, args.count)?;
     let loras: Vec<LoraUse> = args.loras.iter().map(|text| parse_lora(text)).collect::<Result<_>>()?;
@@ -164,8 +166,7 @@ fn recipe(args: &ScoreArgs, prompts: &[(Scene, Caption)], seed: u64, loras: Vec<
         transformer: None,
         base_fingerprint: String::new(),
         prompts: prompts.iter().map(text).collect(),
-        // What training puts in place of a caption that it drops.
-        negative_prompt: String::new(),
+        negative_prompt: NO_PROMPT.into(),
         seeds: vec![seed],
         loras,
         routed: Vec::new(),
