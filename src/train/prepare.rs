@@ -174,7 +174,7 @@ impl Run {
             Loader::new(range, config.data.prefetch, move |n| batches.training(&plans.at(n).batch(n)))?
         };
         let dataset = data.dataset;
-        let memory = Watch::new(&settled, &compute.device)?;
+        let memory = Watch::new(config, &settled, &compute.device)?;
         let checkpointing = settled.checkpointing;
         let record = Record {
             first_step,
