@@ -1,6 +1,6 @@
 //! `qwen-lora bench`.
 
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::config::{BaseDtype, Checkpointing, DeviceChoice, LossGate, LossWeights};
 use crate::device;
 use crate::error::{Error, Result};
@@ -63,9 +63,8 @@ pub struct BenchArgs {
     /// Steps before the timed ones.
     #[arg(long, value_name = "N", default_value_t = 2)]
     warmup: usize,
-    /// Threads to compute with [default: all cores].
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
     /// Where to compute: auto, cpu or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
@@ -125,7 +124,7 @@ enum BenchModulation {
 
 /// Runs the verb.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     let compute = device::open(args.device)?;
     compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
     let own = if compute.device.is_cpu() { DType::F32 } else { DType::BF16 };

@@ -1,6 +1,6 @@
 //! `qwen-lora train`.
 
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::config::{Config, MemorySize, Preview};
 use crate::error::Result;
 use crate::prompt::structured::expand_all;
@@ -28,9 +28,8 @@ pub struct TrainArgs {
     /// 16GiB.
     #[arg(long, value_name = "SIZE", requires = "dry_run")]
     memory: Option<MemorySize>,
-    /// Threads to compute with [default: all cores].
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
     /// Show no progress and no notes.
     #[arg(long)]
     quiet: bool,
@@ -47,7 +46,7 @@ enum Resume {
 
 /// Runs the verb.
 pub fn run(args: &TrainArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     let mut config = Config::load(&args.config, &args.sets)?;
     let preview = &mut config.preview;
     let own = Some(preview.negative_prompt.clone()).filter(|own| *own != Preview::default().negative_prompt);

@@ -30,6 +30,10 @@ use field::{At, Field, Range, section};
 use std::path::{Path, PathBuf};
 use tree::{Node, Place};
 
+/// The prompt that stands for none: in place of a caption that is dropped, and as the negative prompt unless there is one.
+/// Qwen-Image's model card passes a space where nothing is to be avoided.
+pub const NO_PROMPT: &str = " ";
+
 section! {
     /// One training run. Everything but `model` and `data.path` has a default.
     pub struct Config {

@@ -1,5 +1,6 @@
 //! The sections of the config file. The doc comments are the user's reference: `docs/config.md` is made from them.
 
+use crate::config::NO_PROMPT;
 use crate::config::field::{At, Field, Range, section};
 use crate::config::memory::MemoryLimit;
 use crate::config::size::ImageSize;
@@ -185,7 +186,8 @@ section! {
         /// Masks that say which parts of an image count in the loss, white fully and black hardly: `beside` takes
         /// `name.mask.png` beside `name.jpg`, a folder is searched for `name.png` under the same path.
         masks: Masks = Masks::None;
-        /// Share of samples that are trained with the empty caption.
+        /// Share of samples that are trained without their caption, with a space instead: the negative prompt when there is
+        /// none of your own.
         caption_dropout: f64 = 0.05, Range::between(0.0, 1.0);
         /// Weight in the loss of a sample trained with its caption, relative to one whose caption was dropped. It is
         /// divided by its mean, so that the loss as a whole does not grow.
@@ -343,7 +345,7 @@ section! {
         /// parts, see `qwen-lora prompt --help`.
         prompts: Vec<String> = Vec::new();
         /// What not to show.
-        negative_prompt: String = " ".into();
+        negative_prompt: String = NO_PROMPT.into();
         /// Each prompt is drawn once with each seed.
         seeds: Vec<u64> = vec![0];
         /// Denoising steps of a picture.
