@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::flow::gate::Gate;
 use crate::kernels::route::composed_only;
 use crate::model::synth::tiny_in_cache;
-use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
+use crate::model::transformer::{BaseWeights, Placement, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::{CropDecoder, Vae};
 use crate::pose::posenet::PoseNet;
 use crate::progress::tell;
@@ -75,6 +75,10 @@ pub struct BenchArgs {
     /// What the forward pass keeps.
     #[arg(long, value_enum, default_value = "none")]
     checkpointing: BenchCheckpointing,
+    /// Where the weights of the modulation are, with random weights: `resident` in memory; `streamed`: not held, but the
+    /// tables of a whole window of steps, as in training. Making these is not timed.
+    #[arg(long, value_enum, default_value = "resident", conflicts_with = "model")]
+    modulation: BenchModulation,
     /// Run every op composed of candle's operations, without kernels of our own (slow; to compare).
     #[arg(long)]
     composed: bool,
@@ -110,6 +114,12 @@ enum BenchCheckpointing {
     None,
     Selective,
     Full,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BenchModulation {
+    Resident,
+    Streamed,
 }
 
 /// Runs the verb.
@@ -159,7 +169,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             };
             config.num_layers = args.layers.unwrap_or(config.num_layers);
             config.check().map_err(|e| Error::usage("these dimensions do not fit together").detail(e))?;
-            QwenImageTransformer::random(config, args.seed, precision, &compute.device, BaseWeights::Frozen)?
+            let placement = Placement { streamed_modulation: args.modulation == BenchModulation::Streamed };
+            QwenImageTransformer::random_placed(config, args.seed, precision, &compute.device, placement)?
         }
     };
     let shape = Shape {

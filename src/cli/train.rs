@@ -24,7 +24,8 @@ pub struct TrainArgs {
     /// Check config, images and model, say what would be trained, and stop.
     #[arg(long)]
     dry_run: bool,
-    /// With --dry-run: which `training.dtype` and `checkpointing` fit into so much memory, such as 24GB or 16GiB.
+    /// With --dry-run: which types, `training.checkpointing` and `model.modulation` fit into so much memory, such as 24GB or
+    /// 16GiB.
     #[arg(long, value_name = "SIZE", requires = "dry_run")]
     memory: Option<MemorySize>,
     #[command(flatten)]

@@ -236,9 +236,12 @@ impl Config {
         found
     }
 
-    /// Takes over what this config leaves open and the config of an earlier part of the run has: the compute type, and
-    /// what is kept for the backward pass.
+    /// Takes over what this config leaves open and the config of an earlier part of the run has: the types of the base and of
+    /// what is computed, and what is kept for the backward pass.
     pub fn take_over(&mut self, saved: &Config) {
+        if self.model.dtype == BaseDtype::Auto {
+            self.model.dtype = saved.model.dtype;
+        }
         let (training, saved) = (&mut self.training, &saved.training);
         if training.dtype == ComputeDtype::Auto {
             training.dtype = saved.dtype;

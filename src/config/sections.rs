@@ -20,9 +20,10 @@ section! {
         path: String;
         /// Branch, tag or commit of the hub repository; null means `main`.
         revision: Option<String> = None;
-        /// Type in which the transformer's frozen weights are held; `auto` is the compute type `training.dtype`. `int8`
-        /// quantises the matrices of the blocks as they are read, in blocks of 32 values with a scale each: half the memory
-        /// of bf16, a quarter of f32; for `training.mode: lora` alone.
+        /// Type in which the transformer's frozen weights are held; `auto` is the compute type `training.dtype`, or `int8`
+        /// where only that makes the run fit into `training.memory`. `int8` quantises the matrices of the blocks as they are
+        /// read, in blocks of 32 values with a scale each: half the memory of bf16, a quarter of f32; for `training.mode:
+        /// lora` alone.
         dtype: BaseDtype = BaseDtype::Auto;
         /// Where the weights of the modulation are, a third of the model: `resident` in memory; `streamed` from the disk, so that
         /// what they give at the noise levels of the next hundred or so steps is computed ahead, the same bit for bit; or
@@ -75,8 +76,8 @@ section! {
         /// the default where there is a `memory`, is the fastest that fits.
         checkpointing: CheckpointingChoice = CheckpointingChoice::Full;
         /// The most memory that the run may take on its device: `auto` (what is free when it begins, less a tenth), a size,
-        /// or null for no limit. `checkpointing` and `dtype` are chosen to fit where they are left open; a run that nothing
-        /// makes fit is refused, and one that takes more all the same saves and stops.
+        /// or null for no limit. `checkpointing`, `dtype`, `model.dtype` and `model.modulation` are chosen to fit where they
+        /// are left open; a run that nothing makes fit is refused, and one that takes more all the same saves and stops.
         memory: Option<MemoryLimit> = None;
         /// `lora` trains an adapter, `full` all weights of the transformer, which must then be held in f32.
         mode: TrainingMode = TrainingMode::Lora;
