@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use qwen_lora::cache::{CachedSamples, Entry, FillOptions, Filled, Key, LATENTS, PROMPT_EMBEDS, Store, fill};
+use qwen_lora::config::NO_PROMPT;
 use qwen_lora::data::{Buckets, Dataset, Loader, Plan, PlanSettings, Sample, image as images, place, resample};
 use qwen_lora::error::{Error, Result};
 use std::collections::HashMap;
@@ -189,7 +190,7 @@ fn a_folder_becomes_batches_through_the_caches() {
     let store = Store::open(cache.path()).unwrap();
     let caption_key = |caption: &str| Key::prompt_embeds(caption, "<{}>", 512, "bytes", DType::BF16);
     let captions = dataset.captions();
-    assert_eq!(captions, ["", "c", "cc", "ccc", "cccc", "ccccc"]);
+    assert_eq!(captions, [NO_PROMPT, "c", "cc", "ccc", "cccc", "ccccc"]);
     let keys: Vec<Key> = captions.iter().map(|c| caption_key(c)).collect();
     let embed = |&i: &usize| {
         let bytes: Vec<f32> = format!("<{}>", captions[i]).bytes().map(f32::from).collect();
@@ -219,7 +220,7 @@ fn a_folder_becomes_batches_through_the_caches() {
         prompt_embeds: store.clone(),
         latents_of,
         caption_of: dataset.items().iter().map(|i| caption_key(&i.caption)).collect(),
-        empty_caption: caption_key(""),
+        no_caption: caption_key(NO_PROMPT),
     };
     let (there, plan_there) = (cached.clone(), plan.clone());
     let loader = Loader::new(4..40, 2, move |step| there.step(&plan_there, step)).unwrap();
@@ -232,13 +233,14 @@ fn a_folder_becomes_batches_through_the_caches() {
         let (h, w) = (batch.bucket.height() / 8, batch.bucket.width() / 8);
         assert_eq!(batch.latents.dims(), [batch.len(), 16, h, w]);
         for (row, planned) in planned.items.iter().enumerate() {
-            let caption_len = if planned.caption_dropped { 0 } else { planned.item + 1 };
+            let caption_len = if planned.caption_dropped { NO_PROMPT.len() } else { planned.item + 1 };
             assert_eq!(batch.lengths[row], caption_len + 2);
             assert_eq!(batch.caption_dropped[row], planned.caption_dropped);
             *if planned.caption_dropped { &mut dropped } else { &mut kept } += 1;
             let embeds = batch.prompt_embeds.get(row).unwrap().to_dtype(DType::F32).unwrap();
             let embeds: Vec<f32> = embeds.flatten_all().unwrap().to_vec1().unwrap();
-            let mut text = format!("<{}>", "c".repeat(caption_len)).into_bytes();
+            let caption = if planned.caption_dropped { NO_PROMPT.into() } else { "c".repeat(caption_len) };
+            let mut text = format!("<{caption}>").into_bytes();
             text.resize(embeds.len(), 0);
             assert_eq!(embeds, text.into_iter().map(f32::from).collect::<Vec<_>>());
             let latents: Vec<f32> = batch.latents.get(row).unwrap().flatten_all().unwrap().to_vec1().unwrap();
@@ -249,7 +251,7 @@ fn a_folder_becomes_batches_through_the_caches() {
     assert!(dropped > 0 && kept > 0);
 
     std::fs::remove_file(store.path(&cached.caption_of[0])).unwrap();
-    std::fs::remove_file(store.path(&cached.empty_caption)).unwrap();
+    std::fs::remove_file(store.path(&cached.no_caption)).unwrap();
     let lost = (0..40).find_map(|step| cached.step(&plan, step).err()).expect("item 0 comes up");
     assert!(lost.to_string().contains("is gone\nhint: run again"), "{lost}");
 }

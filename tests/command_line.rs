@@ -124,6 +124,23 @@ fn the_benchmark_times_the_parts_of_a_step_and_the_self_test_passes_on_the_cpu()
         assert!(number("model_tflops") > 0.0 && number("model_share") <= number("gemm_share"), "{report}");
         assert_eq!(report["device"], "cpu");
     }
+    // A window of this model has two steps: the tables are made twice, and give the numbers of the weights.
+    for dtype in ["f32", "int8"] {
+        let report = |modulation: &str| -> serde_json::Value {
+            let output = bench(&format!("--device cpu --dtype {dtype} --modulation {modulation}"));
+            assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+            serde_json::from_slice(&output.stdout).unwrap()
+        };
+        let [resident, streamed] = ["resident", "streamed"].map(report);
+        assert_eq!((&resident["modulation"], &streamed["modulation"]), (&"resident".into(), &"streamed".into()));
+        for loss in ["loss_first", "loss_last"] {
+            assert!(resident[loss].as_f64() == streamed[loss].as_f64(), "{resident} {streamed}");
+        }
+        assert!(streamed["forecast_mb"].as_f64() < resident["forecast_mb"].as_f64(), "{resident} {streamed}");
+    }
+    let output = bench("--device cpu --modulation streamed --targets modulation");
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("`--modulation streamed` leaves out weights"), "{}", stderr(&output));
     let output = qwen_lora(&["kernels", "--device", "cpu"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert!(String::from_utf8_lossy(&output.stdout).contains("all within their limits"));

@@ -140,6 +140,22 @@ fn a_folder_is_indexed_with_its_captions() {
     assert!(error.starts_with("2 images without a caption") && error.contains("c.png, e.jpeg"), "{error}");
 }
 
+/// A set in which many pictures stand twice must not fill the screen.
+#[test]
+fn identical_images_are_one_notice() {
+    let dir = tempfile::tempdir().unwrap();
+    for i in 0..7 {
+        for copy in ["a", "b"] {
+            image::RgbImage::from_pixel(8, 8, image::Rgb([i; 3]))
+                .save(dir.path().join(format!("{i}{copy}.png")))
+                .unwrap();
+        }
+    }
+    let dataset = Dataset::open(dir.path(), Some("grey"), true).unwrap();
+    let five = (0..5).map(|i| format!("{i}a.png = {i}b.png")).collect::<Vec<_>>().join(", ");
+    assert_eq!(dataset.notices(), [format!("images with the same content: {five} and 2 more")]);
+}
+
 #[test]
 fn the_dataset_hash_is_of_content_not_of_names() {
     let hash = |dir: &tempfile::TempDir| Dataset::open(dir.path(), None, true).unwrap().hash();

@@ -261,18 +261,20 @@ fn a_dry_run_reports_and_writes_nothing() {
     assert!(!place.path("runs").exists());
 
     let fits = place.train_ok(&["--dry-run", "--memory", "24GB"]);
-    assert_says(&stdout(&fits), &["in 24.0 GB", "fits           f32    none           resident    "]);
+    assert_says(&stdout(&fits), &["in 24.0 GB", "fits           f32   f32    none           resident    "]);
     let json = place.train_ok(&["--dry-run", "--memory", "1.5MB", "--json"]);
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     let (memory, budget) = (&json["found"]["memory_bytes"], &json["found"]["budget"]);
     // A parameter of the tiny model is an f32; the recipe checkpoints fully.
     assert_eq!(memory["weights"].as_u64(), json["found"]["base_params"].as_u64().map(|n| 4 * n));
     let choices = budget["choices"].as_array().unwrap();
-    let ways = ["dtype", "checkpointing", "modulation"];
-    let full =
-        choices.iter().find(|c| ways.map(|way| c[way].as_str().unwrap()) == ["f32", "full", "resident"]).unwrap();
+    let ways = |c: &serde_json::Value| {
+        ["base", "dtype", "checkpointing", "modulation"].map(|way| c[way].as_str().unwrap().to_string())
+    };
+    let full = choices.iter().find(|c| ways(c) == ["f32", "f32", "full", "resident"]).unwrap();
     assert_eq!(full["total_bytes"], memory["total"]);
-    assert_eq!((&budget["available_bytes"], choices.len()), (&1_500_000.into(), 12));
+    assert_eq!(json["found"]["base"], "f32");
+    assert_eq!((&budget["available_bytes"], choices.len()), (&1_500_000.into(), 24));
     assert!(choices.iter().all(|c| c["fits"] == (c["total_bytes"].as_u64() <= Some(1_500_000))));
 }
 
@@ -283,12 +285,14 @@ fn a_run_that_may_take_so_much_memory_chooses_what_fits_and_stops_when_it_takes_
     let nothing = the_error(&place.train(&with(&["--set", "training.memory=1.5MB"])), 2);
     assert_says(
         &nothing,
-        &["a training step does not fit into the 1.5 MB of `training.memory`", "too large      f32    full"],
+        &["a training step does not fit into the 1.5 MB of `training.memory`", "too large      f32   f32    full"],
     );
     assert_says(&nothing, &["hint: a smaller `data.resolution`"]);
     assert!(!place.path("runs").exists());
     let resident = ["--set", "training.memory=3.4MB", "--set", "model.modulation=resident"];
-    let keys = [&resident[..], &["--set", "training.dtype=f32", "--set", "training.checkpointing=none"]].concat();
+    let floats = ["--set", "model.dtype=f32"];
+    let keys =
+        [&floats[..], &resident, &["--set", "training.dtype=f32", "--set", "training.checkpointing=none"]].concat();
     let error = the_error(&place.train(&with(&keys)), 2);
     assert_says(
         &error,
@@ -309,6 +313,35 @@ fn a_run_that_may_take_so_much_memory_chooses_what_fits_and_stops_when_it_takes_
     assert_says(&stderr(&output), &["going on after step 1", "that the run may take: f32, checkpointing selective"]);
     let raw = |w: &Workplace| std::fs::read(w.run("checkpoints/step-000008/adapter.safetensors")).unwrap();
     assert!(raw(&place) == raw(&finished()), "the limit reached the weights");
+}
+
+/// Counted are 2.6 MB and more in f32, about 2.2 MB with weights in int8.
+#[test]
+fn int8_weights_are_chosen_where_no_floats_fit_and_stay_when_the_run_goes_on() {
+    let place = Workplace::new();
+    let f32s = ["--set", "training.dtype=f32"];
+    let small = [&f32s[..], &["--set", "training.memory=2.4MB"]].concat();
+    let stopped = place.train(&with(&small));
+    assert_says(&stderr(&stopped), &["that the run may take: f32 with weights in int8, checkpointing "]);
+    assert_says(&the_error(&stopped, 1), &["stopped after step 1"]);
+    let config = std::fs::read_to_string(place.run("config.yaml")).unwrap();
+    assert_says(&config, &["  dtype: int8", "  dtype: f32"]);
+    // There is room for floats now.
+    let output = place.train_ok(&with(&[&f32s[..], &["--resume", "auto", "--set", "training.memory=auto"]].concat()));
+    assert_says(&stderr(&output), &["going on after step 1", "that the run may take: f32 with weights in int8"]);
+    let named = Workplace::new();
+    named.train_ok(&with(&[&f32s[..], &["--set", "model.dtype=int8"]].concat()));
+    let raw = |w: &Workplace| std::fs::read(w.run("checkpoints/step-000008/adapter.safetensors")).unwrap();
+    assert!(raw(&place) == raw(&named));
+    assert!(raw(&place) != raw(&finished()), "floats were trained on");
+
+    // A run that began with floats is not told to take other weights, a new one is.
+    let begun = refused(&unfinished(), &["--resume", "auto", "--set", "training.memory=2.4MB"]);
+    assert_says(&begun, &["a training step does not fit into the 2.4 MB", "hint: a smaller `data.resolution`"]);
+    let kept = ["--set", "model.dtype=f32", "--set", "training.memory=1.75MB"];
+    let fits = "hint: `--set model.dtype=int8 --set training.dtype=bf16 --set training.checkpointing=full \
+                --set model.modulation=resident` fits";
+    assert_says(&refused(&Workplace::new(), &kept), &["fits           int8  bf16   full", fits]);
 }
 
 /// A window of the tiny model has two batches: the weights are read again and again, between them for the held-out loss.

@@ -51,6 +51,19 @@ fn world_score_keeps_what_it_checked() {
     assert_eq!(drawn["shares"]["all attributes"]["hits"], 40);
 }
 
+#[test]
+fn world_score_wants_prompts_and_a_batch() {
+    for flag in ["--count", "--batch-size"] {
+        let program = Command::new(env!("CARGO_BIN_EXE_qwen-lora"))
+            .args(["world", "score", "--model", "synthetic:tiny", flag, "0"])
+            .output()
+            .expect("the binary was built for this test");
+        let message = String::from_utf8_lossy(&program.stderr).into_owned();
+        assert_eq!(program.status.code(), Some(2), "{message}");
+        assert!(message.contains(&format!("`{flag}` is 0")), "{message}");
+    }
+}
+
 /// `configs/demo.yaml` in short: the figure that the trigger calls puts on its hat, and others change less.
 #[test]
 fn the_built_in_world_learns_a_character() {

@@ -7,18 +7,12 @@ Every pair gets `A` for the first criterion and `equal` for the others. Python's
 """
 
 import argparse
-import html
 import json
 import pathlib
-import re
-import sys
-import tempfile
 
-from report import chromium
+from page import FOREIGN, finish, look
 
 CLICKS = """
-<script>
-window.addEventListener('load', () => {
   const shown = [];
   for (let i = 0; i < data.pairs.length; i++) {
     for (const [n, criterion] of data.criteria.entries()) {
@@ -30,16 +24,11 @@ window.addEventListener('load', () => {
     document.getElementById('next').click();
   }
   document.getElementById('rater').value = 'chromium';
-  const pre = document.createElement('pre');
-  pre.id = 'probe';
-  pre.textContent = JSON.stringify({
+  return {
     shown, exported: exported(), state: document.getElementById('state').textContent,
     pressed: document.querySelectorAll('#criteria [aria-pressed=true]').length,
     overflow: document.documentElement.scrollWidth - window.innerWidth,
-  });
-  document.body.append(pre);
-});
-</script>
+  };
 """
 
 
@@ -50,18 +39,7 @@ def main():
     parser.add_argument("--screenshot", type=pathlib.Path)
     args = parser.parse_args()
 
-    page = args.page.read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        copy = folder / "rating.html"
-        copy.write_text(page.replace("</body>", CLICKS + "</body>"), encoding="utf-8")
-        dom = chromium(folder / "profile", "--dump-dom", copy.as_uri())
-        if args.screenshot:
-            chromium(folder / "profile", f"--screenshot={args.screenshot.resolve()}", args.page.resolve().as_uri())
-    found = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.S)
-    if not found:
-        sys.exit("the page did not load")
-    result = json.loads(html.unescape(found.group(1)))
+    page, result = look(args.page, CLICKS, args.screenshot)
     exported = result["exported"]
     total = len(result["shown"]) * len(exported["criteria"])
     wrong = []
@@ -71,13 +49,10 @@ def main():
         wrong.append(f"the page says {result['state']!r}")
     if any(min(lengths) < 500 for lengths in result["shown"]) or result["overflow"] > 0:
         wrong.append(f"pictures are missing or too wide: {result['shown']}, {result['overflow']}")
-    if re.search(r'(?:src|href)="(?!data:)', page):
+    if FOREIGN.search(page):
         wrong.append("the page wants other files")
-    for line in wrong:
-        print(f"{args.page}: {line}", file=sys.stderr)
     args.answers.write_text(json.dumps(exported, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{len(result['shown'])} pairs, {total} answers")
-    sys.exit(bool(wrong))
+    finish(args.page, wrong, f"{len(result['shown'])} pairs, {total} answers")
 
 
 if __name__ == "__main__":

@@ -3,24 +3,17 @@
 
     scripts/ci/report.py report.html [--images N] [--charts [ID ...]] [--screenshot FILE.png] [--dark]
 
-A copy of the page gets one more script, which measures what was laid out and writes it into the page; Chromium prints
-the page after that. Python's standard library and the command `chromium` are all it needs.
+Python's standard library and the command `chromium` are all it needs.
 """
 
 import argparse
-import html
-import json
 import pathlib
-import re
-import subprocess
-import sys
-import tempfile
+
+from page import FOREIGN, finish, look
 
 CHARTS = ["loss", "held-out", "learning-rate", "speed"]
 
-PROBE = """
-<script>
-window.addEventListener('load', () => {
+LOOK = """
   const charts = {};
   for (const figure of document.querySelectorAll('figure')) {
     const paths = [...figure.querySelectorAll('path')].map(p => ({length: p.getTotalLength(), width: p.getBBox().width}));
@@ -29,25 +22,9 @@ window.addEventListener('load', () => {
     charts[figure.id] = {paths, width: box.width, height: box.height, labels: figure.querySelectorAll('text').length};
   }
   const images = [...document.images].map(i => ({width: i.naturalWidth, shown: i.getBoundingClientRect().width}));
-  const result = {charts, images, overflow: document.documentElement.scrollWidth - window.innerWidth,
+  return {charts, images, overflow: document.documentElement.scrollWidth - window.innerWidth,
     requests: performance.getEntriesByType('resource').map(r => r.name).filter(n => !n.startsWith('data:'))};
-  const pre = document.createElement('pre');
-  pre.id = 'probe';
-  pre.textContent = JSON.stringify(result);
-  document.body.append(pre);
-});
-</script>
 """
-
-
-def chromium(profile, *arguments):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             f"--user-data-dir={profile}", "--window-size=1200,1600"]
-    done = subprocess.run(["chromium", *flags, *arguments], capture_output=True, text=True, timeout=120)
-    if done.returncode != 0:
-        sys.exit(f"chromium failed: {done.stderr[-2000:]}")
-    return done.stdout
 
 
 def main():
@@ -59,21 +36,7 @@ def main():
     parser.add_argument("--dark", action="store_true", help="take the screenshot in the dark scheme")
     args = parser.parse_args()
 
-    page = args.report.read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        copy = folder / "report.html"
-        copy.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-        dom = chromium(folder / "profile", "--dump-dom", copy.as_uri())
-        if args.screenshot:
-            scheme = ["--blink-settings=preferredColorScheme=0"] if args.dark else []
-            shot = f"--screenshot={args.screenshot.resolve()}"
-            chromium(folder / "profile", *scheme, shot, args.report.resolve().as_uri())
-    found = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.S)
-    if not found:
-        sys.exit("the page did not load")
-    result = json.loads(html.unescape(found.group(1)))
-
+    page, result = look(args.report, LOOK, args.screenshot, args.dark)
     wrong = []
     for name in args.charts:
         chart = result["charts"].get(name)
@@ -87,14 +50,11 @@ def main():
     shown = [i for i in result["images"] if i["width"] > 0 and i["shown"] > 0]
     if len(shown) != len(result["images"]) or len(shown) < args.images:
         wrong.append(f"expected {args.images} pictures or more, {len(shown)} of {len(result['images'])} are shown")
-    if result["requests"] or re.search(r'(?:src|href)="(?!data:)', page):
+    if result["requests"] or FOREIGN.search(page):
         wrong.append(f"the page wants other files: {result['requests']}")
     if result["overflow"] > 0:
         wrong.append(f"the page is {result['overflow']} pixels wider than the window")
-    for line in wrong:
-        print(f"{args.report}: {line}", file=sys.stderr)
-    print(f"{len(result['charts'])} charts, {len(shown)} pictures, {len(page) / 1e6:.2f} MB")
-    sys.exit(bool(wrong))
+    finish(args.report, wrong, f"{len(result['charts'])} charts, {len(shown)} pictures, {len(page) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 """The table of scripts/world/anatomy.sh: errors per picture with and without the terms, as pairs of pictures that share
-prompt, noise and training seed. `anatomy_table.py OUT_DIR SEED...`"""
+prompt, noise and training seed. `anatomy_table.py OUT_DIR NOISES SEED...`"""
 
 import json
 import math
 import sys
 from pathlib import Path
 
-out, seeds = Path(sys.argv[1]), sys.argv[2:]
+out, noises, seeds = Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3:]
 
 
 def errors(name):
     """Of each picture: hand error, limb error, either, wrong attributes."""
-    pictures = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))["list"]
+    files = [out / f"{name}-{noise}.json" for noise in noises]
+    pictures = [p for file in files for p in json.loads(file.read_text(encoding="utf-8"))["list"]]
     rows = [(p["hand_error"], p["limb_error"], p["hand_error"] or p["limb_error"], not p["attributes"]) for p in pictures]
     return list(zip(*rows))
 
@@ -34,7 +35,7 @@ rows = ["hand errors", "limb errors", "either", "wrong attributes"]
 base = errors("base")
 without = [sum((errors(f"without-{s}")[i] for s in seeds), ()) for i in range(4)]
 with_terms = [sum((errors(f"with-{s}")[i] for s in seeds), ()) for i in range(4)]
-print(f"{len(base[0])} prompts, training seeds {', '.join(seeds)}\n")
+print(f"{len(base[0])} pictures of prompts that no training saw (noises {', '.join(noises)}), training seeds {', '.join(seeds)}\n")
 print("| pictures with | base | without the terms | with them | difference (95 % interval) | McNemar |")
 print("| --- | --- | --- | --- | --- | --- |")
 for i, row in enumerate(rows):

@@ -33,5 +33,5 @@ score objects-after --kind objects "${lora[@]}"
 "$QWEN_LORA" world prompts --split held-out --kind figures --count 16 --seed 5 --trigger kubo |
   python3 -c 'import json, sys; [print(json.loads(line)["prompt"]) for line in sys.stdin]' >"$out/prompts.txt"
 "$QWEN_LORA" eval --model synthetic:world "${lora[@]}" --prompts "$out/prompts.txt" --trigger kubo --seeds 1,2 --size 128x128 \
-  --steps 20 --guidance 2 --negative-prompt "" --dtype f32 --output "$out/eval" --json --quiet >"$out/eval.json"
+  --steps 20 --guidance 2 --dtype f32 --output "$out/eval" --json --quiet >"$out/eval.json"
 python3 scripts/world/demo_table.py "$out" "$seconds"

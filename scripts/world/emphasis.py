@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""A folder of links to drawn pictures in which what is hard to draw stands more than once: stars three times, figures
-twice. `emphasis.py PICTURES OUT_DIR`"""
+"""A folder of links to drawn pictures in which what is hard to draw stands more than once: stars STARS times, figures
+twice. `emphasis.py PICTURES OUT_DIR STARS`"""
 
 import json
 import os
 import sys
 from pathlib import Path
 
-pictures, out = Path(sys.argv[1]), Path(sys.argv[2])
+pictures, out, stars = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
 
 def times(scene):
     if scene["kind"] == "figures":
         return 2
-    return 3 if scene["shape"] == "star" else 1
+    return stars if scene["shape"] == "star" else 1
 
 
 out.mkdir(parents=True)

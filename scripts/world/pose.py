@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the world's pose network on the exact joints of drawn figures and writes it as one safetensors file.
 
-  python pose.py --pictures DIR --held-out DIR --out FILE [--steps 700] [--threads 2] [--seed 7]
+  python pose.py --pictures DIR --held-out DIR --out FILE [--steps 500] [--threads 2] [--seed 7]
 
 A plain chain of convolutions, one map per joint at a quarter of the picture's side: cell (i, j) stands for pixel
 (4i, 4j). The target of a map is a bump of height 1 around each of its joints; the sigmoid of the output is compared to
@@ -112,7 +112,7 @@ def main():
     ap.add_argument("--pictures", required=True)
     ap.add_argument("--held-out", required=True)
     ap.add_argument("--out", required=True)
-    ap.add_argument("--steps", type=int, default=700)
+    ap.add_argument("--steps", type=int, default=500)
     ap.add_argument("--batch", type=int, default=32)
     ap.add_argument("--lr", type=float, default=3e-3)
     ap.add_argument("--threads", type=int, default=2)

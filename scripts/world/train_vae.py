@@ -149,7 +149,7 @@ def main():
     a = ap.parse_args()
     deterministic(a.seed, a.threads)
     drawn, _ = pictures(a.pictures, a.count)
-    held_out, drawn = drawn[:200], drawn[200:]
+    held_out, drawn = drawn[: len(drawn) // 20], drawn[len(drawn) // 20 :]
     images = torch.cat([drawn, scribbles(len(drawn) // 5, drawn.shape[-1], a.seed)])
     generator = torch.Generator().manual_seed(a.seed)
     vae = Vae().to(memory_format=torch.channels_last)

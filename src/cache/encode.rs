@@ -1,6 +1,7 @@
 //! Filling the caches: captions through the text encoder, images through the VAE, one network in memory at a time.
 
 use super::{CachedSamples, Entry, FillOptions, Filled, Key, LATENTS, MASK, PROMPT_EMBEDS, Store, fill, fingerprint};
+use crate::config::NO_PROMPT;
 use crate::data::image::to_pixels;
 use crate::data::mask::{LATENT_PIXELS, latent_mask};
 use crate::data::resample::cover_crop;
@@ -46,7 +47,7 @@ pub struct CacheReport {
 /// Captions that go through the text encoder together: when it is streamed from disk, once for all of them.
 const PROMPTS_AT_ONCE: usize = 256;
 
-/// Makes sure that all captions (the empty one too) and all images are cached below `dir`.
+/// Makes sure that all captions (and what stands for a dropped one) and all images are cached below `dir`.
 ///
 /// First the text encoder runs, streamed layer by layer, then the VAE; a network whose entries are all there is never
 /// loaded.
@@ -61,7 +62,7 @@ pub fn fill_caches(dir: &Path, request: &CacheRequest) -> Result<(CachedSamples,
         prompt_embeds: store,
         latents_of,
         caption_of: request.dataset.items().iter().map(|item| key_of(&item.caption)).collect(),
-        empty_caption: key_of(""),
+        no_caption: key_of(NO_PROMPT),
         mask_of,
     };
     let extra_prompts = request.extra_prompts.iter().map(|prompt| key_of(prompt)).collect();

@@ -26,8 +26,8 @@ pub struct CachedSamples {
     pub latents_of: HashMap<Sample, Key>,
     /// The embedding of each item's caption, by dataset index.
     pub caption_of: Vec<Key>,
-    /// The embedding of the empty caption.
-    pub empty_caption: Key,
+    /// The embedding of [`NO_PROMPT`](crate::config::NO_PROMPT).
+    pub no_caption: Key,
     /// The masks of those samples that have one; in the store of latents.
     pub mask_of: HashMap<Sample, Key>,
 }
@@ -59,7 +59,7 @@ impl CachedSamples {
                 .latents_of
                 .get(&sample)
                 .ok_or_else(|| Error::run(format!("item {item} was not cached at {}", planned.bucket)))?;
-            let caption = if caption_dropped { &self.empty_caption } else { &self.caption_of[item] };
+            let caption = if caption_dropped { &self.no_caption } else { &self.caption_of[item] };
             Ok(Example {
                 item,
                 latents: one(&self.latents, latents, LATENTS)?,

@@ -1,13 +1,13 @@
 //! `qwen-lora bench`.
 
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::config::{BaseDtype, Checkpointing, DeviceChoice, LossGate, LossWeights};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::flow::gate::Gate;
 use crate::kernels::route::composed_only;
 use crate::model::synth::tiny_in_cache;
-use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
+use crate::model::transformer::{BaseWeights, Placement, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::{CropDecoder, Vae};
 use crate::pose::posenet::PoseNet;
 use crate::progress::tell;
@@ -63,9 +63,8 @@ pub struct BenchArgs {
     /// Steps before the timed ones.
     #[arg(long, value_name = "N", default_value_t = 2)]
     warmup: usize,
-    /// Threads to compute with [default: all cores].
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
     /// Where to compute: auto, cpu or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
@@ -76,6 +75,10 @@ pub struct BenchArgs {
     /// What the forward pass keeps.
     #[arg(long, value_enum, default_value = "none")]
     checkpointing: BenchCheckpointing,
+    /// Where the weights of the modulation are, with random weights: `resident` in memory; `streamed`: not held, but the
+    /// tables of a whole window of steps, as in training. Making these is not timed.
+    #[arg(long, value_enum, default_value = "resident", conflicts_with = "model")]
+    modulation: BenchModulation,
     /// Run every op composed of candle's operations, without kernels of our own (slow; to compare).
     #[arg(long)]
     composed: bool,
@@ -113,9 +116,15 @@ enum BenchCheckpointing {
     Full,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BenchModulation {
+    Resident,
+    Streamed,
+}
+
 /// Runs the verb.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     let compute = device::open(args.device)?;
     compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
     let own = if compute.device.is_cpu() { DType::F32 } else { DType::BF16 };
@@ -160,7 +169,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             };
             config.num_layers = args.layers.unwrap_or(config.num_layers);
             config.check().map_err(|e| Error::usage("these dimensions do not fit together").detail(e))?;
-            QwenImageTransformer::random(config, args.seed, precision, &compute.device, BaseWeights::Frozen)?
+            let placement = Placement { streamed_modulation: args.modulation == BenchModulation::Streamed };
+            QwenImageTransformer::random_placed(config, args.seed, precision, &compute.device, placement)?
         }
     };
     let shape = Shape {

@@ -4,7 +4,7 @@ use crate::adapters::convert::{BaseWeight, Convert, Converted, convert_module};
 use crate::adapters::write::{Format, write_adapter};
 use crate::cli::adapters::{FloatType, ReadArgs, check_not_input, open_base};
 use crate::cli::merge::print_losses;
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::error::{Error, Result};
 use crate::progress;
 use rayon::prelude::*;
@@ -38,9 +38,8 @@ pub struct ConvertArgs {
     /// How the adapter is read
     #[command(flatten)]
     pub read: ReadArgs,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub threads: Threads,
     /// Show no progress, warnings or summary
     #[arg(long)]
     pub quiet: bool,
@@ -78,7 +77,7 @@ impl Target {
 
 /// Runs the verb.
 pub fn run(args: &ConvertArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     if args.rank == 0 {
         return Err(Error::usage("`--rank` is 0").expected("1 or more", 0));
     }

@@ -1,8 +1,9 @@
 //! `qwen-lora eval`: what an adapter does, in numbers.
 
-use crate::cli::generate::{WeightType, parse_lora, read_prompts};
-use crate::cli::{print_line, use_threads};
-use crate::config::{Config, DeviceChoice, ImageSize, TrainingMode};
+use crate::cli::generate::{parse_lora, read_prompts};
+use crate::cli::sampling::Sampling;
+use crate::cli::{Threads, print_line};
+use crate::config::{Config, ImageSize, TrainingMode};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::generated::{self, Run, Variant};
@@ -10,8 +11,6 @@ use crate::eval::rating::{self, Sheet};
 use crate::eval::{Comparison, Networks, Places, Set, measure, output, page};
 use crate::io::write_atomic;
 use crate::progress::tell;
-use crate::prompt::structured::expand_all;
-use crate::sample::recipe::PROGRAM;
 use crate::sample::{LoraUse, Recipe};
 use crate::train::run_dir::{Found, RunDir};
 use clap::Args;
@@ -55,30 +54,8 @@ pub struct EvalArgs {
     /// Ordinary word for the same thing, put in the trigger's place for comparison
     #[arg(long, value_name = "WORD", requires = "trigger")]
     class: Option<String>,
-    /// What not to show
-    #[arg(long, value_name = "TEXT")]
-    negative_prompt: Option<String>,
-    /// One picture of each prompt for each of these seeds [default: 0,1,2,3]
-    #[arg(long = "seeds", visible_alias = "seed", value_name = "LIST", value_delimiter = ',')]
-    seeds: Vec<u64>,
-    /// Denoising steps [default: 50]
-    #[arg(long, value_name = "N")]
-    steps: Option<usize>,
-    /// Scale of true classifier-free guidance; 1 turns it off and halves the time [default: 4]
-    #[arg(long, value_name = "SCALE")]
-    guidance: Option<f64>,
-    /// WIDTHxHEIGHT, or a published aspect ratio [default: 1:1, 1328x1328]
-    #[arg(long, value_name = "SIZE")]
-    size: Option<String>,
-    /// Type of the transformer's weights in memory; int8 is made as they are read [default: f32]
-    #[arg(long, value_name = "TYPE")]
-    dtype: Option<WeightType>,
-    /// What the pictures are made on: `auto`, `cpu` or `cuda:N`
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    device: DeviceChoice,
-    /// Images that go through the transformer together
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    batch_size: usize,
+    #[command(flatten)]
+    sampling: Sampling,
     /// A folder of pictures that FID and KID are distances to [default: the other folder, or the base model's pictures]
     #[arg(long, value_name = "FOLDER")]
     reference: Option<PathBuf>,
@@ -113,9 +90,8 @@ pub struct EvalArgs {
     /// Folder for the results and the pictures made for them
     #[arg(long, value_name = "FOLDER", default_value = "eval")]
     output: PathBuf,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
     /// Show no progress and no notes
     #[arg(long)]
     quiet: bool,
@@ -128,7 +104,7 @@ pub struct EvalArgs {
 ///
 /// Errors: usage (2) for folders, pictures, weights and arguments that cannot be used; run (1) otherwise.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     let places = Places {
         inception: args.inception.clone(),
         lpips: args.lpips.clone(),
@@ -229,21 +205,9 @@ fn adapters(args: &EvalArgs, model: &str) -> Result<Subject> {
         return Err(Error::usage("there are no prompts").hint("name a file of them with `--prompts`"));
     };
     let recipe = Recipe {
-        program: PROGRAM.into(),
-        model: model.into(),
         revision: args.revision.clone(),
-        transformer: None,
-        base_fingerprint: String::new(),
-        prompts: read_prompts(prompts)?,
-        negative_prompt: " ".into(),
         seeds: vec![0, 1, 2, 3],
-        loras: Vec::new(),
-        routed: Vec::new(),
-        strengths: Vec::new(),
-        steps: 50,
-        guidance: 4.0,
-        size: ImageSize::default().to_string(),
-        dtype: "f32".into(),
+        ..Recipe::of(model, read_prompts(prompts)?)
     };
     let title =
         format!("{} against {}", variants[1..].iter().map(|v| v.name.as_str()).collect::<Vec<_>>().join(", "), model);
@@ -284,21 +248,14 @@ fn checkpoints(args: &EvalArgs, root: &Path) -> Result<Subject> {
     };
     let size = preview.size.unwrap_or_else(|| ImageSize::square(config.data.resolution.sides()[0]));
     let recipe = Recipe {
-        program: PROGRAM.into(),
-        model: model.path.clone(),
         revision: model.revision.clone(),
         transformer: model.transformer.as_ref().map(|path| path.display().to_string()),
-        base_fingerprint: String::new(),
-        prompts,
         negative_prompt: preview.negative_prompt.clone(),
         seeds: preview.seeds.clone(),
-        loras: Vec::new(),
-        routed: Vec::new(),
-        strengths: Vec::new(),
         steps: preview.steps,
         guidance: preview.guidance,
         size: size.to_string(),
-        dtype: "f32".into(),
+        ..Recipe::of(&model.path, prompts)
     };
     let steps = found.iter().enumerate().map(|(i, &step)| (i + 1, step)).collect();
     Ok(Subject {
@@ -311,30 +268,19 @@ fn checkpoints(args: &EvalArgs, root: &Path) -> Result<Subject> {
 
 /// Makes the pictures, with what the arguments say about them.
 fn made(args: &EvalArgs, mut recipe: Recipe, variants: &[Variant]) -> Result<Vec<Set>> {
-    if args.batch_size == 0 {
-        return Err(Error::usage("`--batch-size` is 0").expected("1 or more", 0));
-    }
-    if !args.seeds.is_empty() {
-        recipe.seeds = args.seeds.clone();
-    }
+    let sampling = &args.sampling;
+    sampling.check()?;
+    let compute = device::open(sampling.device)?;
+    recipe.dtype = Sampling::dtype(compute.device.is_cpu()).into();
+    sampling.apply(&mut recipe)?;
     if let Some(twice) = recipe.seeds.iter().enumerate().find_map(|(i, s)| recipe.seeds[..i].contains(s).then_some(s)) {
         return Err(Error::usage(format!("seed {twice} is there twice")).hint("give each seed once"));
     }
-    if let Some(size) = &args.size {
-        recipe.size = size.parse::<ImageSize>()?.to_string();
-    }
-    if let Some(dtype) = args.dtype {
-        recipe.dtype = dtype.name().into();
-    }
-    recipe.steps = args.steps.unwrap_or(recipe.steps);
-    recipe.guidance = args.guidance.unwrap_or(recipe.guidance);
-    expand_all(&mut recipe.prompts, &mut recipe.negative_prompt, args.negative_prompt.as_deref())?;
     let prompts = generated::by_trigger(&recipe.prompts, args.trigger.as_deref(), args.class.as_deref())?;
-    let compute = device::open(args.device)?;
     if !args.quiet {
         compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
     }
-    let run = Run { device: compute.device, batch_size: args.batch_size, offline: args.offline, quiet: args.quiet };
+    let run = Run { device: compute.device, batch_size: sampling.batch_size, offline: args.offline, quiet: args.quiet };
     let (sets, notes) = generated::make(&recipe, variants, &prompts, &args.output.join("images"), &run)?;
     if !args.quiet {
         notes.iter().for_each(|note| tell(format_args!("warning: {note}")));

@@ -4,7 +4,7 @@ use crate::adapters::extract::{Extracted, extract_module};
 use crate::adapters::merge::base::check_new;
 use crate::adapters::write::{Format, write_adapter};
 use crate::cli::adapters::{FloatType, open_base, percent};
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::error::{Error, Result};
 use crate::progress;
 use serde_json::json;
@@ -28,9 +28,8 @@ pub struct ExtractArgs {
     /// Type of the floats written
     #[arg(long, value_enum, default_value_t = FloatType::F32)]
     pub dtype: FloatType,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub threads: Threads,
     /// Show no progress or summary
     #[arg(long)]
     pub quiet: bool,
@@ -41,7 +40,7 @@ pub struct ExtractArgs {
 
 /// Runs the verb.
 pub fn run(args: &ExtractArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     if args.rank == 0 {
         return Err(Error::usage("`--rank` is 0").expected("1 or more", 0));
     }

@@ -2,17 +2,16 @@
 
 use crate::cli::adapters::path_and_weight;
 use crate::cli::route::Routing;
-use crate::cli::{print_line, use_threads};
-use crate::config::{DeviceChoice, ImageSize};
+use crate::cli::sampling::Sampling;
+use crate::cli::{Threads, print_line};
 use crate::device;
 use crate::error::{Error, Result, nearest};
 use crate::io::png;
 use crate::progress::tell;
-use crate::prompt::structured::expand_all;
 use crate::sample::generate::Job;
 use crate::sample::recipe::{KEYWORD, PROGRAM};
 use crate::sample::{Generator, LoraUse, Recipe, Timing, grid, label};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use image::RgbImage;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -38,9 +37,6 @@ pub struct GenerateArgs {
     /// A UTF-8 text file with one prompt a line
     #[arg(long, value_name = "FILE", conflicts_with = "prompts")]
     prompt_file: Option<PathBuf>,
-    /// What not to show [default: one space, as the model card advises]
-    #[arg(long, value_name = "TEXT")]
-    negative_prompt: Option<String>,
     /// An adapter file of any spelling, with its weight: `style.safetensors:0.8` (repeatable) [default weight: 1]
     #[arg(long = "lora", value_name = "FILE[:WEIGHT]")]
     loras: Vec<String>,
@@ -50,27 +46,8 @@ pub struct GenerateArgs {
     /// One image for each of these factors on all adapter weights, and a grid: `0,0.5,1`
     #[arg(long, value_name = "LIST", value_delimiter = ',', allow_hyphen_values = true)]
     strengths: Vec<f64>,
-    /// Denoising steps [default: 50]
-    #[arg(long, value_name = "N")]
-    steps: Option<usize>,
-    /// Scale of true classifier-free guidance; 1 turns it off and halves the time [default: 4]
-    #[arg(long, value_name = "SCALE")]
-    guidance: Option<f64>,
-    /// One image for each of these seeds: `1,2,3` [default: 0]
-    #[arg(long = "seeds", visible_alias = "seed", value_name = "LIST", value_delimiter = ',')]
-    seeds: Vec<u64>,
-    /// WIDTHxHEIGHT, or a published aspect ratio: 1:1, 16:9, 9:16, 4:3, 3:4, 3:2, 2:3 [default: 1:1, 1328x1328]
-    #[arg(long, value_name = "SIZE")]
-    size: Option<String>,
-    /// Type of the transformer's weights in memory; int8 is made as they are read [default: f32, on a GPU bf16]
-    #[arg(long, value_name = "TYPE")]
-    dtype: Option<WeightType>,
-    /// Where the transformer runs: auto, cpu or cuda:N; text encoder and VAE run on the CPU
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
-    device: DeviceChoice,
-    /// Images that go through the transformer together
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    batch_size: usize,
+    #[command(flatten)]
+    sampling: Sampling,
     /// Make again what is in this image, as far as no other argument says otherwise
     #[arg(long, value_name = "IMAGE.png")]
     from: Option<PathBuf>,
@@ -83,9 +60,8 @@ pub struct GenerateArgs {
     /// Replace images that are there
     #[arg(long)]
     overwrite: bool,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
     /// Show no progress and no notes
     #[arg(long)]
     quiet: bool,
@@ -94,34 +70,13 @@ pub struct GenerateArgs {
     json: bool,
 }
 
-/// Type of the transformer's weights.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum WeightType {
-    F32,
-    Bf16,
-    Int8,
-}
-
-impl WeightType {
-    /// As it stands in a recipe.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-        }
-    }
-}
-
 /// Runs the verb.
 ///
 /// Errors: usage (2) for everything that is wrong with the arguments, before any network runs; run (1) otherwise.
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    use_threads(args.threads)?;
-    if args.batch_size == 0 {
-        return Err(Error::usage("`--batch-size` is 0").expected("1 or more", 0));
-    }
-    let compute = device::open(args.device)?;
+    args.threads.start()?;
+    args.sampling.check()?;
+    let compute = device::open(args.sampling.device)?;
     let mut recipe = recipe(args, compute.device.is_cpu())?;
     let routing = args.auto_lora.as_deref().map(|path| Routing::new(path, &mut recipe)).transpose()?;
     let generator = Generator::open(recipe, args.offline, compute.device)?;
@@ -140,7 +95,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let targets = Targets::new(args, generator.recipe(), &jobs, with_grid)?;
 
     let mut cells: Vec<RgbImage> = Vec::new();
-    let timing = generator.run(args.batch_size, args.quiet, |image| {
+    let timing = generator.run(args.sampling.batch_size, args.quiet, |image| {
         let Job { prompt, seed, strength } = image.job;
         let text = generator.recipe().single(prompt, seed, strength).to_text();
         png::write(&targets.images[image.index], &image.pixels, &[(KEYWORD, &text)])?;
@@ -159,23 +114,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 fn recipe(args: &GenerateArgs, on_cpu: bool) -> Result<Recipe> {
     let base = match &args.from {
         Some(path) => Recipe::read(path)?,
-        None => Recipe {
-            program: PROGRAM.into(),
-            model: "Qwen/Qwen-Image".into(),
-            revision: None,
-            transformer: None,
-            base_fingerprint: String::new(),
-            prompts: Vec::new(),
-            negative_prompt: " ".into(),
-            seeds: vec![0],
-            loras: Vec::new(),
-            routed: Vec::new(),
-            strengths: Vec::new(),
-            steps: 50,
-            guidance: 4.0,
-            size: ImageSize::default().to_string(),
-            dtype: if on_cpu { "f32" } else { "bf16" }.into(),
-        },
+        None => Recipe { dtype: Sampling::dtype(on_cpu).into(), ..Recipe::of("Qwen/Qwen-Image", Vec::new()) },
     };
     let mut recipe = Recipe { program: PROGRAM.into(), ..base };
     if let Some(model) = &args.model {
@@ -205,18 +144,7 @@ fn recipe(args: &GenerateArgs, on_cpu: bool) -> Result<Recipe> {
     if !args.strengths.is_empty() {
         recipe.strengths = args.strengths.clone();
     }
-    if !args.seeds.is_empty() {
-        recipe.seeds = args.seeds.clone();
-    }
-    if let Some(size) = &args.size {
-        recipe.size = size.parse::<ImageSize>()?.to_string();
-    }
-    if let Some(dtype) = args.dtype {
-        recipe.dtype = dtype.name().into();
-    }
-    expand_all(&mut recipe.prompts, &mut recipe.negative_prompt, args.negative_prompt.as_deref())?;
-    recipe.steps = args.steps.unwrap_or(recipe.steps);
-    recipe.guidance = args.guidance.unwrap_or(recipe.guidance);
+    args.sampling.apply(&mut recipe)?;
     Ok(recipe)
 }
 

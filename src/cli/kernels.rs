@@ -1,6 +1,6 @@
 //! `qwen-lora kernels`: the self-test of the ops on a device.
 
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::config::DeviceChoice;
 use crate::device;
 use crate::error::{Error, Result};
@@ -17,9 +17,8 @@ pub struct KernelsArgs {
     /// Small ragged tensors, those of the published model (which are timed too), or both [default: on a GPU both]
     #[arg(long, value_enum)]
     sizes: Option<Which>,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
     /// Print the table as JSON
     #[arg(long)]
     json: bool,
@@ -34,7 +33,7 @@ enum Which {
 
 /// Runs the verb. Errors: a value outside its limit.
 pub fn run(args: &KernelsArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     let compute = device::open(args.device)?;
     compute.notes.iter().for_each(|note| tell(format_args!("note: {note}")));
     let on_cpu = compute.device.is_cpu();

@@ -4,7 +4,7 @@ use crate::adapters::convert::BaseWeight;
 use crate::adapters::merge::{Base, Method, OutputForm, Weighted, merge_into_adapter};
 use crate::adapters::write::{Format, write_adapter};
 use crate::cli::adapters::{FloatType, ReadArgs, check_not_input, open_base, percent, weights};
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::error::{Error, Result};
 use crate::io::disk::human;
 use crate::progress;
@@ -55,9 +55,8 @@ pub struct MergeArgs {
     /// How the adapters are read
     #[command(flatten)]
     pub read: ReadArgs,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub threads: Threads,
     /// Show no progress, warnings or summary
     #[arg(long)]
     pub quiet: bool,
@@ -128,7 +127,7 @@ impl MergeArgs {
 
 /// Runs the verb.
 pub fn run(args: &MergeArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     if args.into_adapter { into_adapter(args) } else { into_base(args) }
 }
 

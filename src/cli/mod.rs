@@ -16,13 +16,14 @@ pub mod merge;
 pub mod pose;
 pub mod prompt;
 pub mod route;
+mod sampling;
 pub mod synth;
 pub mod train;
 pub mod verify;
 pub mod world;
 
 use crate::error::{Error, Result};
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use std::fmt::Display;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
@@ -83,14 +84,24 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Sets the number of threads that everything computes with. Errors: 0 threads.
-pub fn use_threads(threads: Option<usize>) -> Result<()> {
-    let Some(threads) = threads else { return Ok(()) };
-    if threads == 0 {
-        return Err(Error::usage("`--threads` is 0").expected("1 or more", 0));
+/// The flag of every verb that computes.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Threads {
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+impl Threads {
+    /// Lets everything compute with so many threads. Errors: 0 threads.
+    pub fn start(self) -> Result<()> {
+        let Some(threads) = self.threads else { return Ok(()) };
+        if threads == 0 {
+            return Err(Error::usage("`--threads` is 0").expected("1 or more", 0));
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+        pool.map_err(|e| Error::run("cannot start the threads").detail(e.to_string()).source(e))
     }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    pool.map_err(|e| Error::run("cannot start the threads").detail(e.to_string()).source(e))
 }
 
 /// Prints a line to stdout. A reader that has gone (`qwen-lora ... | head`) is no error and, unlike with `println!`, no

@@ -1,6 +1,6 @@
 //! `qwen-lora pose`: what a pose network sees in pictures.
 
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::data::image::load;
 use crate::error::{Error, Result};
 use crate::io::hub::HubOptions;
@@ -36,14 +36,13 @@ pub struct PoseArgs {
     /// Print one JSON object for all pictures
     #[arg(long)]
     pub json: bool,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub threads: Threads,
 }
 
 /// Runs the verb.
 pub fn run(args: &PoseArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     let defaults = PoseSpec::default();
     let spec = PoseSpec {
         network: args.network.clone(),

@@ -1,6 +1,6 @@
 //! `qwen-lora train`.
 
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::config::{Config, MemorySize, Preview};
 use crate::error::Result;
 use crate::prompt::structured::expand_all;
@@ -24,12 +24,12 @@ pub struct TrainArgs {
     /// Check config, images and model, say what would be trained, and stop.
     #[arg(long)]
     dry_run: bool,
-    /// With --dry-run: which `training.dtype` and `checkpointing` fit into so much memory, such as 24GB or 16GiB.
+    /// With --dry-run: which types, `training.checkpointing` and `model.modulation` fit into so much memory, such as 24GB or
+    /// 16GiB.
     #[arg(long, value_name = "SIZE", requires = "dry_run")]
     memory: Option<MemorySize>,
-    /// Threads to compute with [default: all cores].
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
     /// Show no progress and no notes.
     #[arg(long)]
     quiet: bool,
@@ -46,7 +46,7 @@ enum Resume {
 
 /// Runs the verb.
 pub fn run(args: &TrainArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     let mut config = Config::load(&args.config, &args.sets)?;
     let preview = &mut config.preview;
     let own = Some(preview.negative_prompt.clone()).filter(|own| *own != Preview::default().negative_prompt);

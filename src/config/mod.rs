@@ -30,6 +30,10 @@ use field::{At, Field, Range, section};
 use std::path::{Path, PathBuf};
 use tree::{Node, Place};
 
+/// The prompt that stands for none: in place of a caption that is dropped, and as the negative prompt unless there is one.
+/// Qwen-Image's model card passes a space where nothing is to be avoided.
+pub const NO_PROMPT: &str = " ";
+
 section! {
     /// One training run. Everything but `model` and `data.path` has a default.
     pub struct Config {
@@ -232,9 +236,12 @@ impl Config {
         found
     }
 
-    /// Takes over what this config leaves open and the config of an earlier part of the run has: the compute type, and
-    /// what is kept for the backward pass.
+    /// Takes over what this config leaves open and the config of an earlier part of the run has: the types of the base and of
+    /// what is computed, and what is kept for the backward pass.
     pub fn take_over(&mut self, saved: &Config) {
+        if self.model.dtype == BaseDtype::Auto {
+            self.model.dtype = saved.model.dtype;
+        }
         let (training, saved) = (&mut self.training, &saved.training);
         if training.dtype == ComputeDtype::Auto {
             training.dtype = saved.dtype;

@@ -1,5 +1,6 @@
 //! The sections of the config file. The doc comments are the user's reference: `docs/config.md` is made from them.
 
+use crate::config::NO_PROMPT;
 use crate::config::field::{At, Field, Range, section};
 use crate::config::memory::MemoryLimit;
 use crate::config::size::ImageSize;
@@ -19,9 +20,10 @@ section! {
         path: String;
         /// Branch, tag or commit of the hub repository; null means `main`.
         revision: Option<String> = None;
-        /// Type in which the transformer's frozen weights are held; `auto` is the compute type `training.dtype`. `int8`
-        /// quantises the matrices of the blocks as they are read, in blocks of 32 values with a scale each: half the memory
-        /// of bf16, a quarter of f32; for `training.mode: lora` alone.
+        /// Type in which the transformer's frozen weights are held; `auto` is the compute type `training.dtype`, or `int8`
+        /// where only that makes the run fit into `training.memory`. `int8` quantises the matrices of the blocks as they are
+        /// read, in blocks of 32 values with a scale each: half the memory of bf16, a quarter of f32; for `training.mode:
+        /// lora` alone.
         dtype: BaseDtype = BaseDtype::Auto;
         /// Where the weights of the modulation are, a third of the model: `resident` in memory; `streamed` from the disk, so that
         /// what they give at the noise levels of the next hundred or so steps is computed ahead, the same bit for bit; or
@@ -74,8 +76,8 @@ section! {
         /// the default where there is a `memory`, is the fastest that fits.
         checkpointing: CheckpointingChoice = CheckpointingChoice::Full;
         /// The most memory that the run may take on its device: `auto` (what is free when it begins, less a tenth), a size,
-        /// or null for no limit. `checkpointing` and `dtype` are chosen to fit where they are left open; a run that nothing
-        /// makes fit is refused, and one that takes more all the same saves and stops.
+        /// or null for no limit. `checkpointing`, `dtype`, `model.dtype` and `model.modulation` are chosen to fit where they
+        /// are left open; a run that nothing makes fit is refused, and one that takes more all the same saves and stops.
         memory: Option<MemoryLimit> = None;
         /// `lora` trains an adapter, `full` all weights of the transformer, which must then be held in f32.
         mode: TrainingMode = TrainingMode::Lora;
@@ -184,7 +186,8 @@ section! {
         /// Masks that say which parts of an image count in the loss, white fully and black hardly: `beside` takes
         /// `name.mask.png` beside `name.jpg`, a folder is searched for `name.png` under the same path.
         masks: Masks = Masks::None;
-        /// Share of samples that are trained with the empty caption.
+        /// Share of samples that are trained without their caption, with a space instead: the negative prompt when there is
+        /// none of your own.
         caption_dropout: f64 = 0.05, Range::between(0.0, 1.0);
         /// Weight in the loss of a sample trained with its caption, relative to one whose caption was dropped. It is
         /// divided by its mean, so that the loss as a whole does not grow.
@@ -344,7 +347,7 @@ section! {
         /// parts, see `qwen-lora prompt --help`.
         prompts: Vec<String> = Vec::new();
         /// What not to show.
-        negative_prompt: String = " ".into();
+        negative_prompt: String = NO_PROMPT.into();
         /// Each prompt is drawn once with each seed.
         seeds: Vec<u64> = vec![0];
         /// Denoising steps of a picture.

@@ -11,7 +11,7 @@ pub struct Example {
     pub item: usize,
     /// Latents (C, h, w).
     pub latents: Tensor,
-    /// Prompt embeddings (L, D), unpadded; those of the empty caption if `caption_dropped`.
+    /// Prompt embeddings (L, D), unpadded; those of [`NO_PROMPT`](crate::config::NO_PROMPT) if `caption_dropped`.
     pub prompt_embeds: Tensor,
     /// Whether the caption was replaced by the empty one.
     pub caption_dropped: bool,

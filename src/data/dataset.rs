@@ -1,6 +1,6 @@
 //! A folder of captioned images: `name.txt` beside `name.jpg`, `.png` or `.webp`.
 
-use crate::config::Masks;
+use crate::config::{Masks, NO_PROMPT};
 use crate::data::files::{self, FoundImage};
 use crate::data::filter::LeftOut;
 use crate::data::image::{self, Size};
@@ -101,12 +101,10 @@ impl Dataset {
         notice("captions without an image", &strs(&listing.lone_captions));
         let empty: Vec<&str> = items.iter().filter(|i| i.caption.is_empty()).map(|i| i.path.as_str()).collect();
         notice("images with an empty caption", &empty);
-        for images in groups(listing.images.iter().filter_map(|i| Some((i.caption.as_ref()?, i.path.as_str())))) {
-            notice("images that share one caption file", &images);
-        }
-        for images in groups(items.iter().map(|i| (i.image_hash.to_hex(), i.path.as_str()))) {
-            notice("images with the same content", &images);
-        }
+        let sharing = groups(listing.images.iter().filter_map(|i| Some((i.caption.as_ref()?, i.path.as_str()))));
+        notice("images that share one caption file", &strs(&sharing));
+        let same = groups(items.iter().map(|i| (i.image_hash.to_hex(), i.path.as_str())));
+        notice("images with the same content", &strs(&same));
         Ok(Self { root: root.into(), items, notices })
     }
 
@@ -199,9 +197,9 @@ impl Dataset {
         &self.notices
     }
 
-    /// All distinct captions, sorted; the empty one, which dropped captions become, always among them.
+    /// All distinct captions, sorted; what dropped ones become always among them.
     pub fn captions(&self) -> Vec<&str> {
-        let mut captions = BTreeSet::from([""]);
+        let mut captions = BTreeSet::from([NO_PROMPT]);
         captions.extend(self.items.iter().map(|i| i.caption.as_str()));
         captions.into_iter().collect()
     }
@@ -286,13 +284,15 @@ fn all_or_first_error(results: Vec<Result<Item>>) -> Result<Vec<Item>> {
     Err(if others.is_empty() { first } else { first.detail(format!("also: {}", name_some(&strs(&others)))) })
 }
 
-/// The groups of two and more names that have one key, in order of the keys.
-fn groups<'a, K: Ord>(pairs: impl Iterator<Item = (K, &'a str)>) -> Vec<Vec<&'a str>> {
+/// The groups of two and more names that have one key, in order of the names, each as a text.
+fn groups<'a, K: Ord>(pairs: impl Iterator<Item = (K, &'a str)>) -> Vec<String> {
     let mut by_key: BTreeMap<K, Vec<&str>> = BTreeMap::new();
     for (key, name) in pairs {
         by_key.entry(key).or_default().push(name);
     }
-    by_key.into_values().filter(|names| names.len() > 1).collect()
+    let mut groups: Vec<_> = by_key.into_values().filter(|names| names.len() > 1).collect();
+    groups.sort_unstable();
+    groups.iter().map(|names| join_some(names, " = ")).collect()
 }
 
 fn strs(names: &[String]) -> Vec<&str> {
@@ -305,10 +305,15 @@ fn count(n: usize, what: &str) -> String {
 
 /// The first few names, and how many more there are.
 fn name_some(names: &[&str]) -> String {
+    join_some(names, ", ")
+}
+
+/// The same with `between` in place of commas.
+fn join_some(names: &[&str], between: &str) -> String {
     const SHOWN: usize = 5;
-    let mut text = names[..names.len().min(SHOWN)].join(", ");
+    let mut text = names[..names.len().min(SHOWN)].join(between);
     if names.len() > SHOWN {
-        text += &format!(", and {} more", names.len() - SHOWN);
+        text += &format!(" and {} more", names.len() - SHOWN);
     }
     text
 }

@@ -52,6 +52,18 @@ impl Linear {
     }
 }
 
+/// What gradients may flow to: the input, then of each layer weight, bias, A and B, as far as it has them.
+pub(super) fn inputs<'a>(x: &'a Value, layers: &[&'a Linear]) -> Vec<&'a Value> {
+    let mut inputs = vec![x];
+    for layer in layers {
+        inputs.extend(layer.weight.value());
+        inputs.extend(layer.bias.as_ref());
+        inputs.extend(layer.lora.as_ref().map(|l| &l.a));
+        inputs.extend(layer.lora.as_ref().map(|l| &l.b));
+    }
+    inputs
+}
+
 /// Applies several layers to one input (.., in); one output (.., out_i) each.
 ///
 /// Errors: `x` does not end in the layers' input width.
@@ -82,13 +94,6 @@ pub fn linear_group(x: &Value, activation: Option<Activation>, layers: &[&Linear
     }
     drop(input);
 
-    let mut inputs = vec![x];
-    for layer in layers {
-        inputs.extend(layer.weight.value());
-        inputs.extend(layer.bias.as_ref());
-        inputs.extend(layer.lora.as_ref().map(|l| &l.a));
-        inputs.extend(layer.lora.as_ref().map(|l| &l.b));
-    }
     let saved = Saved {
         x: x.tensor().clone(),
         x_needs_grad: x.needs_grad(),
@@ -96,7 +101,7 @@ pub fn linear_group(x: &Value, activation: Option<Activation>, layers: &[&Linear
         layers: layers.iter().map(|l| (*l).clone()).collect(),
         lora_inputs,
     };
-    Ok(record(&inputs, outputs, move |grads| saved.backward(grads)))
+    Ok(record(&inputs(x, layers), outputs, move |grads| saved.backward(grads)))
 }
 
 /// The layers' common input in f32, after the activation.

@@ -1,6 +1,6 @@
 //! What an image was made of, written into it and read back from it.
 
-use crate::config::ImageSize;
+use crate::config::{ImageSize, NO_PROMPT};
 use crate::error::{Error, Result};
 use crate::io::png;
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,27 @@ pub struct Recipe {
 pub const PROGRAM: &str = concat!("qwen-lora ", env!("CARGO_PKG_VERSION"));
 
 impl Recipe {
+    /// One square image of `model` with each prompt, as the published pipeline is used: 50 steps, guidance 4, f32.
+    pub fn of(model: &str, prompts: Vec<String>) -> Self {
+        Self {
+            program: PROGRAM.into(),
+            model: model.into(),
+            revision: None,
+            transformer: None,
+            base_fingerprint: String::new(),
+            prompts,
+            negative_prompt: NO_PROMPT.into(),
+            seeds: vec![0],
+            loras: Vec::new(),
+            routed: Vec::new(),
+            strengths: Vec::new(),
+            steps: 50,
+            guidance: 4.0,
+            size: ImageSize::default().to_string(),
+            dtype: "f32".into(),
+        }
+    }
+
     /// Reads the recipe of an image.
     ///
     /// Errors (usage): not a PNG file, one without a recipe, a recipe of another version.

@@ -2,6 +2,7 @@
 
 use crate::config::{Checkpointing, Config, MemorySize, ModulationChoice, TrainingMode};
 use crate::error::Result;
+use crate::model::transformer::Precision;
 use crate::train::memory::{Budget, Forecast, Settled, Step};
 use crate::train::metrics::HeldOutMetrics;
 use crate::train::run_dir::RunDir;
@@ -86,7 +87,10 @@ pub struct DryRun {
     base_params: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     stages: Vec<String>,
+    base: &'static str,
     dtype: &'static str,
+    #[serde(skip)]
+    precision: Precision,
     checkpointing: Checkpointing,
     modulation: ModulationChoice,
     #[serde(rename = "memory_bytes")]
@@ -134,7 +138,9 @@ impl DryRun {
             trainable_params: step.shape.trained,
             base_params,
             stages: course.lines(),
+            base: settled.precision.base_name(),
             dtype: settled.precision.compute.as_str(),
+            precision: settled.precision,
             checkpointing: settled.checkpointing,
             modulation: settled.modulation(),
             memory: settled.forecast.clone(),
@@ -159,6 +165,7 @@ impl DryRun {
             ("epochs in the run", format!("{:.1}", self.epochs)),
             ("base parameters", format!("{:.1} M", self.base_params as f64 / 1e6)),
             ("trained parameters", format!("{:.2} M{modules}", self.trainable_params as f64 / 1e6)),
+            ("base weights", self.base.to_string()),
             ("compute type", self.dtype.to_string()),
             ("checkpointing", self.checkpointing.as_str().to_string()),
             ("modulation", self.modulation.as_str().to_string()),
@@ -260,7 +267,7 @@ impl fmt::Display for DryRun {
         writeln!(f, "trained     {:.2} M parameters{modules}", self.trainable_params as f64 / 1e6)?;
         let limit = self.limit.map(|limit| format!(", at most {limit}")).unwrap_or_default();
         let (policy, modulation) = (self.checkpointing.as_str(), self.modulation.as_str());
-        writeln!(f, "runs        in {}, checkpointing {policy}, modulation {modulation}{limit}", self.dtype)?;
+        writeln!(f, "runs        in {}, checkpointing {policy}, modulation {modulation}{limit}", self.precision)?;
         writeln!(f, "memory      {}", self.memory)?;
         if let Some(budget) = &self.budget {
             budget.to_string().lines().try_for_each(|line| writeln!(f, "            {line}"))?;

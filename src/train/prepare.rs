@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::flow::FlowMatchEuler;
 use crate::io::write_atomic;
 use crate::model::source::ModelSource;
-use crate::model::transformer::{QwenImageTransformer, TransformerConfig};
+use crate::model::transformer::{Placement, QwenImageTransformer, TransformerConfig};
 use crate::optim::{AdamW, AdamWOptions};
 use crate::report::Page;
 use crate::train::batches::{Batches, TrainBatch};
@@ -129,7 +129,8 @@ impl Run {
         progress.notes(&prepared.notes);
         let (mut structured, guide) = prepared.loss.unzip();
 
-        let (mut model, trainable) = setup::load_network(config, &pipeline, &start, &compute.device, settled.streamed)?;
+        let placement = Placement { streamed_modulation: settled.streamed };
+        let (mut model, trainable) = setup::load_network(config, &pipeline, &start, &compute.device, placement)?;
         // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
         let yaml = config.to_yaml();
         write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;
@@ -174,7 +175,7 @@ impl Run {
             Loader::new(range, config.data.prefetch, move |n| batches.training(&plans.at(n).batch(n)))?
         };
         let dataset = data.dataset;
-        let memory = Watch::new(&settled, &compute.device)?;
+        let memory = Watch::new(config, &settled, &compute.device)?;
         let checkpointing = settled.checkpointing;
         let record = Record {
             first_step,

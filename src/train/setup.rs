@@ -12,7 +12,7 @@ use crate::io::hub::HubOptions;
 use crate::model::source::{ModelSpec, PipelineFolder};
 use crate::model::text_encoder::{Residency, TextEncoder, TextEncoderConfig};
 use crate::model::tokenizer::PromptTokenizer;
-use crate::model::transformer::{BaseWeights, Precision, QwenImageTransformer, TransformerConfig};
+use crate::model::transformer::{BaseWeights, Placement, Precision, QwenImageTransformer, TransformerConfig};
 use crate::model::vae::VaeConfig;
 use crate::pose::{PoseNetwork, PoseSpec};
 use crate::progress::tell;
@@ -165,13 +165,14 @@ pub fn check_networks(pipeline: &PipelineFolder) -> Result<()> {
     TextEncoder::from_weights(text_encoder, pipeline.text_encoder.open()?, Residency::Streamed).map(|_| ())
 }
 
-/// Loads the transformer onto `device`, its modulation left on the disk if `streamed`, and puts on it what is trained: fresh, or as a checkpoint left it.
+/// Loads the transformer onto `device`, kept there as `placement` says, and puts on it what is trained: fresh, or as a
+/// checkpoint left it.
 pub fn load_network(
     config: &Config,
     pipeline: &PipelineFolder,
     start: &Start,
     device: &Device,
-    streamed: bool,
+    placement: Placement,
 ) -> Result<(QwenImageTransformer, Trainable)> {
     let files = &pipeline.transformer;
     let transformer = TransformerConfig::from_file(&files.config)?;
@@ -184,11 +185,8 @@ pub fn load_network(
         TrainingMode::Lora => {
             let targets = targets(config, &transformer)?;
             let weights = files.open()?;
-            let mut model = if streamed {
-                QwenImageTransformer::from_weights_but_modulation(transformer, weights, precision, device)?
-            } else {
-                QwenImageTransformer::from_weights(transformer, &weights, precision, device, BaseWeights::Frozen)?
-            };
+            let mut model =
+                QwenImageTransformer::from_weights_placed(transformer, weights, precision, device, placement)?;
             let init = match config.lora.init {
                 LoraInit::Gaussian => Init::Gaussian,
                 LoraInit::Kaiming => Init::KaimingUniform,

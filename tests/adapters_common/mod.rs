@@ -3,6 +3,7 @@
 
 use qwen_lora::adapters::matrix::Matrix;
 use qwen_lora::adapters::read::{AdapterFile, Component, ModuleTable, ReadOptions};
+use qwen_lora::io::safetensors::write;
 use qwen_lora::model::transformer::TransformerConfig;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -94,4 +95,22 @@ pub fn copy_tree(from: &Path, to: &Path) {
         std::fs::create_dir_all(to.join(&name).parent().unwrap()).unwrap();
         std::fs::write(to.join(&name), bytes).unwrap();
     }
+}
+
+/// A LoRA with ranks and alphas that differ from module to module, and a module that the recorded one has not.
+pub fn mixed_adapter(path: &Path, table: &ModuleTable) {
+    let mut tensors = Vec::new();
+    for (i, (name, rank, alpha)) in
+        [("transformer_blocks.0.attn.to_q", 2, 3.0), ("transformer_blocks.2.img_mlp.net.2", 5, 2.0), ("img_in", 1, 1.0)]
+            .into_iter()
+            .enumerate()
+    {
+        let (out, width) = table.shape(name).unwrap();
+        let stem = format!("lora_unet_{}", name.replace('.', "_"));
+        let item = 40 + 2 * i as u64;
+        tensors.push(floats(&format!("{stem}.lora_down.weight"), &[rank, width], &normals(item, rank * width)));
+        tensors.push(floats(&format!("{stem}.lora_up.weight"), &[out, rank], &normals(item + 1, out * rank)));
+        tensors.push(floats(&format!("{stem}.alpha"), &[], &[alpha]));
+    }
+    write(path, tensors, &BTreeMap::new()).unwrap();
 }

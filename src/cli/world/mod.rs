@@ -3,7 +3,7 @@
 mod distance;
 mod score;
 
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::data::image as photo;
 use crate::error::{Error, Result};
 use crate::world::check::check;
@@ -53,9 +53,8 @@ struct DrawArgs {
     /// A word put before each caption
     #[arg(long, value_name = "WORD")]
     trigger: Option<String>,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
 }
 
 /// Which scenes.
@@ -114,7 +113,7 @@ pub fn run(args: &WorldArgs) -> Result<()> {
 }
 
 fn draw(args: &DrawArgs) -> Result<()> {
-    use_threads(args.threads)?;
+    args.threads.start()?;
     let pool = Pool::new(args.which.split, args.which.kind);
     let series =
         Series { count: args.count, seed: args.seed, styles: args.style.clone(), trigger: args.trigger.clone() };

@@ -3,12 +3,12 @@
 use crate::cli::generate::parse_lora;
 use crate::cli::world::Which;
 use crate::cli::world::distance::{self, Distance};
-use crate::cli::{print_line, use_threads};
+use crate::cli::{Threads, print_line};
 use crate::config::DeviceChoice;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::io::png;
-use crate::sample::recipe::{KEYWORD, PROGRAM};
+use crate::sample::recipe::KEYWORD;
 use crate::sample::{Generator, LoraUse, Recipe};
 use crate::world::check::report::Report;
 use crate::world::check::{Verdict, check};
@@ -69,9 +69,8 @@ pub struct ScoreArgs {
     /// Where to compute
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
-    /// Threads to compute with [default: all cores]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    threads: Threads,
     /// Show no progress
     #[arg(long)]
     quiet: bool,
@@ -84,9 +83,11 @@ pub struct ScoreArgs {
 ///
 /// Errors: those of `generate`; more prompts than there are (usage).
 pub fn run(args: &ScoreArgs) -> Result<()> {
-    use_threads(args.threads)?;
-    if args.batch_size == 0 {
-        return Err(Error::usage("`--batch-size` is 0").expected("1 or more", 0));
+    args.threads.start()?;
+    for (flag, value) in [("--batch-size", args.batch_size), ("--count", args.count)] {
+        if value == 0 {
+            return Err(Error::usage(format!("`{flag}` is 0")).expected("1 or more", 0));
+        }
     }
     let prompts = Pool::new(args.which.split, args.which.kind).prompts(args.seed, args.count)?;
     let loras: Vec<LoraUse> = args.loras.iter().map(|text| parse_lora(text)).collect::<Result<_>>()?;
@@ -158,22 +159,12 @@ fn is_right(verdict: &Verdict) -> bool {
 fn recipe(args: &ScoreArgs, prompts: &[(Scene, Caption)], seed: u64, loras: Vec<LoraUse>) -> Recipe {
     let text = |&(scene, caption): &(Scene, Caption)| with_trigger(args.trigger.as_deref(), &caption.text(scene));
     Recipe {
-        program: PROGRAM.into(),
-        model: args.model.clone(),
-        revision: None,
-        transformer: None,
-        base_fingerprint: String::new(),
-        prompts: prompts.iter().map(text).collect(),
-        // What training puts in place of a caption that it drops.
-        negative_prompt: String::new(),
         seeds: vec![seed],
         loras,
-        routed: Vec::new(),
-        strengths: Vec::new(),
         steps: args.steps,
         guidance: args.guidance,
         size: format!("{SIDE}x{SIDE}"),
-        dtype: "f32".into(),
+        ..Recipe::of(&args.model, prompts.iter().map(text).collect())
     }
 }
 

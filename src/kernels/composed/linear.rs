@@ -6,7 +6,7 @@
 use crate::error::Result;
 use crate::kernels::composed::product::{add_product, product, product_f32};
 use crate::kernels::composed::{activate, times_derivative, wide};
-use crate::kernels::linear::Linear;
+use crate::kernels::linear::{Linear, inputs};
 use crate::kernels::math::Activation;
 use crate::kernels::tape::{Value, record};
 use candle_core::Tensor;
@@ -26,13 +26,6 @@ pub fn linear_group(x: &Value, activation: Option<Activation>, layers: &[&Linear
         lora_inputs.push(lora_input);
     }
     drop(input);
-    let mut inputs = vec![x];
-    for layer in layers {
-        inputs.extend(layer.weight.value());
-        inputs.extend(layer.bias.as_ref());
-        inputs.extend(layer.lora.as_ref().map(|l| &l.a));
-        inputs.extend(layer.lora.as_ref().map(|l| &l.b));
-    }
     let saved = Saved {
         x: x.tensor().clone(),
         x_needs_grad: x.needs_grad(),
@@ -40,7 +33,7 @@ pub fn linear_group(x: &Value, activation: Option<Activation>, layers: &[&Linear
         layers: layers.iter().map(|l| (*l).clone()).collect(),
         lora_inputs,
     };
-    Ok(record(&inputs, outputs, move |grads| saved.backward(grads)))
+    Ok(record(&inputs(x, layers), outputs, move |grads| saved.backward(grads)))
 }
 
 /// Rows and columns of a tensor seen as one matrix.

@@ -7,9 +7,9 @@
 //!
 //! Letters: R rows of a table (samples, or samples and their conditions), D the model's width.
 
+use super::origin::Origin;
 use super::{Precision, QwenImageTransformer, TransformerConfig};
 use crate::error::Result;
-use crate::io::Weights;
 use crate::kernels::linear::Linear;
 use crate::kernels::math::Activation;
 use crate::kernels::weight::Weight;
@@ -52,14 +52,14 @@ impl Key {
 /// The tables of one pass: image and text of each block.
 pub(super) type Tables = Rc<Vec<[Value; 2]>>;
 
-/// The weights that are left on the disk, and the tables that are held.
+/// Where the weights are that are not held, and the tables that are.
 pub(super) struct Ahead {
-    weights: Rc<Weights>,
+    weights: Origin,
     tables: RefCell<BTreeMap<Key, Tables>>,
 }
 
 impl Ahead {
-    pub(super) fn new(weights: Rc<Weights>) -> Self {
+    pub(super) fn new(weights: Origin) -> Self {
         Self { weights, tables: RefCell::default() }
     }
 
@@ -74,11 +74,11 @@ impl Ahead {
         let linear = |name: &str| -> Result<Linear> {
             let name = format!("transformer_blocks.{block}.{name}");
             let float = |part: &str, shape: &[usize]| -> Result<Value> {
-                Ok(Value::constant(self.weights.get(&format!("{name}.{part}"), shape, p.weights, device)?))
+                Ok(Value::constant(self.weights.float(&format!("{name}.{part}"), shape, p, device)?))
             };
             // As a block would hold it.
             let weight = match p.int8 {
-                true => Weight::Int8(self.weights.int8(&format!("{name}.weight"), (6 * d, d))?.to_device(device)?),
+                true => Weight::Int8(self.weights.int8(&format!("{name}.weight"), (6 * d, d), p, device)?),
                 false => float("weight", &[6 * d, d])?.into(),
             };
             Ok(Linear { weight, bias: Some(float("bias", &[6 * d])?), lora: None })

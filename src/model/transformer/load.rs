@@ -2,6 +2,7 @@
 
 use super::ahead::{Ahead, Modulation};
 use super::block::{Attention, Block, FeedForward};
+use super::origin::{Origin, Placement};
 use super::{Precision, QwenImageTransformer, TimeTextEmbed, TransformerConfig};
 use crate::error::{Error, Result};
 use crate::io::Weights;
@@ -9,7 +10,6 @@ use crate::kernels::Value;
 use crate::kernels::int8::Int8Matrix;
 use crate::kernels::linear::{Linear, Lora};
 use crate::kernels::weight::Weight;
-use crate::rng::{Purpose, Stream};
 use candle_core::{Device, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -52,20 +52,16 @@ impl QwenImageTransformer {
         Self::build_of(config, precision, device, base, None, float, int8)
     }
 
-    /// [`from_weights`](Self::from_weights) of frozen weights without those of the modulation, which are read when they are
-    /// needed: see [`modulate_ahead`](Self::modulate_ahead). Its linears can carry no adapter.
-    pub fn from_weights_but_modulation(
+    /// [`from_weights`](Self::from_weights) of frozen weights, kept as `placement` says.
+    pub fn from_weights_placed(
         config: TransformerConfig,
         weights: Weights,
         precision: Precision,
         device: &Device,
+        placement: Placement,
     ) -> Result<Self> {
         Self::check_weights(&config, &weights)?;
-        let weights = Rc::new(weights);
-        let ahead = Some(Ahead::new(weights.clone()));
-        let float = |name: &str, shape: &[usize]| weights.get(name, shape, precision.weights, device);
-        let int8 = |name: &str, (n, k): (usize, usize)| weights.int8(name, (n, k))?.to_device(device);
-        Self::build_of(config, precision, device, BaseWeights::Frozen, ahead, float, int8)
+        Self::of_origin(config, Origin::Files(Rc::new(weights)), precision, device, placement)
     }
 
     /// Checks from the headers alone that `weights` are a whole transformer of these dimensions.
@@ -82,23 +78,32 @@ impl QwenImageTransformer {
         device: &Device,
         base: BaseWeights,
     ) -> Result<Self> {
-        let on_gpu = !device.is_cpu();
-        if on_gpu {
-            device.set_seed(seed)?;
-        }
-        Self::build(config, precision, device, base, |name, shape| {
-            if let ([_, inputs], true) = (shape, on_gpu) {
-                let std = 1.0 / (*inputs as f32).sqrt();
-                return Ok(Tensor::randn(0f32, std, shape, device)?.to_dtype(precision.weights)?);
-            }
-            let n: usize = shape.iter().product();
-            let values = match shape {
-                [_, inputs] => Stream::named(seed, name, Purpose::Bench).normals(n, 1.0 / (*inputs as f64).sqrt()),
-                _ if name.contains("norm") && name.ends_with("weight") => vec![1.0; n],
-                _ => vec![0.0; n],
-            };
-            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(precision.weights)?.to_device(device)?)
-        })
+        let origin = Origin::random(seed, device)?;
+        Self::build(config, precision, device, base, |name, shape| origin.float(name, shape, precision, device))
+    }
+
+    /// [`random`](Self::random) of frozen weights, kept as `placement` says. On the CPU they are the same.
+    pub fn random_placed(
+        config: TransformerConfig,
+        seed: u64,
+        precision: Precision,
+        device: &Device,
+        placement: Placement,
+    ) -> Result<Self> {
+        Self::of_origin(config, Origin::random(seed, device)?, precision, device, placement)
+    }
+
+    fn of_origin(
+        config: TransformerConfig,
+        origin: Origin,
+        precision: Precision,
+        device: &Device,
+        placement: Placement,
+    ) -> Result<Self> {
+        let ahead = placement.streamed_modulation.then(|| Ahead::new(origin.clone()));
+        let float = |name: &str, shape: &[usize]| origin.float(name, shape, precision, device);
+        let int8 = |name: &str, dims: (usize, usize)| origin.int8(name, dims, precision, device);
+        Self::build_of(config, precision, device, BaseWeights::Frozen, ahead, float, int8)
     }
 
     /// Builds the network from what `tensor` gives for each name and shape of the config, tensor by tensor quantised if

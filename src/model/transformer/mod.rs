@@ -7,6 +7,7 @@ mod ahead;
 mod block;
 mod config;
 mod load;
+mod origin;
 mod positions;
 mod precision;
 
@@ -15,6 +16,7 @@ pub use ahead::{Held, Modulation};
 pub use block::{Block, Context};
 pub use config::TransformerConfig;
 pub use load::BaseWeights;
+pub use origin::Placement;
 pub use positions::{ImageShape, rotary_tables, time_features};
 pub use precision::Precision;
 

@@ -2,6 +2,7 @@
 
 use crate::config::BaseDtype;
 use candle_core::DType;
+use std::fmt;
 
 /// In what types a network is held and run.
 ///
@@ -35,8 +36,29 @@ impl Precision {
         Self { weights, int8: base == BaseDtype::Int8, compute }
     }
 
+    /// How the base weights are held; never `auto`.
+    pub fn base(self) -> BaseDtype {
+        match self.weights {
+            _ if self.int8 => BaseDtype::Int8,
+            DType::F32 => BaseDtype::F32,
+            _ => BaseDtype::Bf16,
+        }
+    }
+
     /// What the base weights are called.
     pub fn base_name(self) -> &'static str {
-        if self.int8 { "int8" } else { self.weights.as_str() }
+        self.base().as_str()
+    }
+}
+
+impl fmt::Display for Precision {
+    /// The type of the activations, and, if it is another, that of the weights.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.compute.as_str())?;
+        if self.base_name() == self.compute.as_str() {
+            Ok(())
+        } else {
+            write!(f, " with weights in {}", self.base_name())
+        }
     }
 }

@@ -8,11 +8,12 @@ mod process;
 mod rate;
 
 use crate::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
-use crate::config::{Checkpointing, TrainingMode};
+use crate::config::{Checkpointing, ModulationChoice, TrainingMode};
 use crate::error::{Error, Result};
 use crate::model::transformer::QwenImageTransformer;
 use crate::optim::{AdamW, AdamWOptions, clip_grad_norm};
 use crate::rng::{Purpose, Stream};
+use crate::train::ahead::window;
 use crate::train::memory::{Step, StepShape, feeds_modulation};
 use crate::train::step::{NoisyBatch, forward_backward_observed};
 use crate::train::trainable::Trainable;
@@ -23,6 +24,7 @@ use process::{peak_rss_mib, since_process_start};
 use rate::{StepFlops, matmul_peak};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Instant;
 
 /// What is timed.
@@ -54,6 +56,8 @@ pub struct BenchReport {
     device: String,
     dtype: &'static str,
     checkpointing: &'static str,
+    /// `resident`, or `streamed`: not held, with the tables of a whole window in their place.
+    modulation: &'static str,
     threads: usize,
     batch: usize,
     image_tokens: usize,
@@ -116,10 +120,22 @@ fn median(times: &[f64]) -> f64 {
     (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
 }
 
+/// The noise levels of a step.
+fn sigmas(shape: &Shape, step: usize) -> Vec<f32> {
+    let mut stream = Stream::new(shape.seed, step as u64, 0, Purpose::Sigma);
+    (0..shape.batch).map(|_| (0.02 + 0.96 * stream.uniform()) as f32).collect()
+}
+
+/// The noise levels of some steps.
+fn levels(shape: &Shape, steps: Range<usize>) -> Vec<Vec<f32>> {
+    steps.map(|step| sigmas(shape, step)).collect()
+}
+
 /// Runs warm-up and timed steps on the model's device, with the structured loss if there is one; `done` is called with each
-/// step's number and time.
+/// step's number and time. Where the model's modulation is streamed, the tables of a window of steps are held throughout, as
+/// in training; making them is not timed.
 ///
-/// Errors: targets that match nothing, a loss that is not finite.
+/// Errors: targets that match nothing, or the modulation where it is streamed; a loss that is not finite.
 pub fn bench(
     mut model: QwenImageTransformer,
     shape: &Shape,
@@ -132,6 +148,12 @@ pub fn bench(
     let scaling = LoraScaling { rank: shape.rank, alpha: shape.rank as f64, rslora: false };
     let targets = resolve_targets(&config.modules(), &entries, scaling)?;
     let adapter = LoraAdapter::init(&targets, Init::Gaussian, shape.seed, &Device::Cpu)?;
+    let streamed = model.modulates_ahead();
+    if streamed && targets.iter().any(|t| feeds_modulation(&t.name)) {
+        return Err(Error::usage(
+            "`--modulation streamed` leaves out weights that these targets train or train through",
+        ));
+    }
     let trainable = Trainable::attach(&mut model, &adapter)?;
     drop(adapter);
     let params = trainable.parameters();
@@ -152,18 +174,24 @@ pub fn bench(
     let crops = guided.as_ref().map(|g| g.targets(&latents, shape.grid)).transpose()?;
     let mut fired = Vec::new();
 
+    let window = window(config.dim(), shape.batch) as usize;
+    let mut held = Some(model.modulate_ahead(&levels(shape, 0..window))?);
     let start_to_first_step_s = since_process_start().as_secs_f64();
     let device = model.device().clone();
     let gpu = GpuMemory::watch(&device)?;
     let (mut times, mut losses) = (Vec::new(), Vec::new());
     let mut clock = Clock { device: &device, last: Instant::now(), parts: BTreeMap::new() };
     for step in 0..shape.warmup + shape.steps {
+        if step > 0 && step % window == 0 {
+            // First, so that two windows are never there at once.
+            drop(held.take());
+            held = Some(model.modulate_ahead(&levels(shape, step..step + window))?);
+        }
         let draw = || normal(step as u64 + 1, 0, latents.dims());
         let drawn = (!device.is_cpu()).then(draw).transpose()?;
         let started = Instant::now();
         clock.last = started;
-        let mut stream = Stream::new(shape.seed, step as u64, 0, Purpose::Sigma);
-        let sigmas = (0..shape.batch).map(|_| (0.02 + 0.96 * stream.uniform()) as f32).collect();
+        let sigmas = sigmas(shape, step);
         let noise = drawn.map_or_else(draw, Ok)?;
         let weights = vec![1.0; shape.batch];
         let shapes = vec![(1, shape.grid.0, shape.grid.1)];
@@ -208,7 +236,7 @@ pub fn bench(
             trains_modulation: targets.iter().any(|t| feeds_modulation(&t.name)),
         },
     };
-    let forecast = step.forecast(model.precision(), shape.checkpointing, false).total();
+    let forecast = step.forecast(model.precision(), shape.checkpointing, streamed).total();
     let peak = matmul_peak(&device, model.precision().compute)?;
     let flops = StepFlops::new(&config, shape, targets.iter().map(|t| t.in_features + t.out_features).sum());
     let base_params: usize = config.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
@@ -217,6 +245,7 @@ pub fn bench(
         device: gpu.name,
         dtype: model.precision().base_name(),
         checkpointing: shape.checkpointing.as_str(),
+        modulation: if streamed { ModulationChoice::Streamed } else { ModulationChoice::Resident }.as_str(),
         threads: rayon::current_num_threads(),
         batch: shape.batch,
         image_tokens: tokens,

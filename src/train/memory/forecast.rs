@@ -113,11 +113,12 @@ impl<'a> Step<'a> {
         };
         // A weight of another type than f32 is widened for a product on the CPU; the largest has 4 D x D values. Int8 is
         // widened in panels; on a GPU a whole weight, of the modulation at most (6 D x D), is there in bf16.
+        let panel = PANEL.min(6 * d * d) * F32;
         let widened = match (precision.int8, precision.weights == DType::F32) {
             (false, true) => 0,
             (false, false) => 4 * d * d * F32,
-            (true, true) => PANEL * F32,
-            (true, false) => (6 * d * d * size).max(PANEL * F32),
+            (true, true) => panel,
+            (true, false) => (6 * d * d * size).max(panel),
         };
         let bytes = |n: usize| MemorySize(n as u64);
         Forecast {

@@ -1,6 +1,8 @@
 //! `training.memory`: choosing how a run works so that it fits, and noticing that it does not.
 
-use crate::config::{Checkpointing, ComputeDtype, Config, MemoryLimit, MemorySize, ModulationChoice};
+use crate::config::{
+    BaseDtype, Checkpointing, ComputeDtype, Config, MemoryLimit, MemorySize, ModulationChoice, TrainingMode,
+};
 use crate::device::memory::{Peak, free};
 use crate::error::{Error, Result};
 use crate::model::transformer::Precision;
@@ -23,8 +25,8 @@ pub struct Settled {
 }
 
 impl Settled {
-    /// Decides what the config leaves open and writes it there. The compute type stays as it is in a run that goes on
-    /// (`fresh` false): its weights were trained in it.
+    /// Decides what the config leaves open and writes it there. The types stay as they are in a run that goes on (`fresh`
+    /// false): its weights were trained in them.
     ///
     /// Errors (usage): nothing that the config allows fits; the system does not tell how much memory is free.
     pub fn settle(config: &mut Config, step: &Step, device: &Device, fresh: bool) -> Result<Self> {
@@ -44,12 +46,16 @@ impl Settled {
         }
         if let Some(limit) = limit {
             let budget = Budget::new(config, step, on_gpu, limit);
-            let choice = choose(config, &budget, on_gpu, fresh).ok_or_else(|| too_large(config, &budget))?;
+            let choice =
+                choose(config, &budget, on_gpu, fresh).ok_or_else(|| too_large(config, &budget, on_gpu, fresh))?;
             streamed = choice.modulation == ModulationChoice::Streamed;
             let training = &mut config.training;
             training.checkpointing = choice.checkpointing.into();
             if training.dtype.resolve(on_gpu) != choice.dtype.resolve(on_gpu) {
                 training.dtype = choice.dtype;
+            }
+            if choice.base == BaseDtype::Int8 {
+                config.model.dtype = BaseDtype::Int8;
             }
         }
         let precision = setup::precision(config, on_gpu)?;
@@ -61,11 +67,11 @@ impl Settled {
 
     /// One line for the user; none without a limit.
     pub fn note(&self) -> Option<String> {
-        let (dtype, policy) = (self.precision.compute.as_str(), self.checkpointing.as_str());
+        let (precision, policy) = (self.precision, self.checkpointing.as_str());
         let modulation = self.modulation().as_str();
         let limit = self.limit?;
         Some(format!(
-            "within the {limit} that the run may take: {dtype}, checkpointing {policy}, modulation {modulation}"
+            "within the {limit} that the run may take: {precision}, checkpointing {policy}, modulation {modulation}"
         ))
     }
 
@@ -80,28 +86,45 @@ fn choose(config: &Config, budget: &Budget, on_gpu: bool, fresh: bool) -> Option
     let training = &config.training;
     // On a GPU `auto` is bf16, the narrowest type there is.
     let any_type = training.dtype == ComputeDtype::Auto && fresh && !on_gpu;
+    let any_base = config.model.dtype == BaseDtype::Auto && fresh;
     let allowed = |c: &&Choice| {
-        (any_type || c.dtype.resolve(on_gpu) == training.dtype.resolve(on_gpu))
+        (any_type || is_own_type(config, c, on_gpu))
+            && (any_base || is_own_base(config, c))
             && training.checkpointing.policy().is_none_or(|policy| policy == c.checkpointing)
             && (config.model.modulation == ModulationChoice::Auto || config.model.modulation == c.modulation)
     };
     budget.choices.iter().filter(allowed).find(|c| c.fits).copied()
 }
 
-fn too_large(config: &Config, budget: &Budget) -> Error {
+/// Whether a way computes in the config's own type.
+fn is_own_type(config: &Config, c: &Choice, on_gpu: bool) -> bool {
+    c.dtype.resolve(on_gpu) == config.training.dtype.resolve(on_gpu)
+}
+
+/// Whether a way has the config's own base: of int8 there is one, and all others are those of `model.dtype`.
+fn is_own_base(config: &Config, c: &Choice) -> bool {
+    (c.base == BaseDtype::Int8) == (config.model.dtype == BaseDtype::Int8)
+}
+
+fn too_large(config: &Config, budget: &Budget, on_gpu: bool, fresh: bool) -> Error {
     let of = match config.training.memory {
         Some(MemoryLimit::Size(_)) => "`training.memory`",
         _ => "memory that the run may take, nine tenths of what is free",
     };
     let error = Error::usage(format!("a training step does not fit into the {} of {of}", budget.available))
         .detail(budget.to_string());
-    match budget.choices.iter().find(|c| c.fits) {
-        Some(c) => error.hint(format!(
-            "`--set training.dtype={} --set training.checkpointing={} --set model.modulation={}` fits",
-            c.dtype.as_str(),
-            c.checkpointing.as_str(),
-            c.modulation.as_str()
-        )),
+    // A run that goes on keeps its types.
+    let open = |c: &&Choice| fresh || is_own_type(config, c, on_gpu) && is_own_base(config, c);
+    match budget.choices.iter().filter(open).find(|c| c.fits) {
+        Some(c) => {
+            let base = if is_own_base(config, c) { "" } else { "--set model.dtype=int8 " };
+            error.hint(format!(
+                "`{base}--set training.dtype={} --set training.checkpointing={} --set model.modulation={}` fits",
+                c.dtype.as_str(),
+                c.checkpointing.as_str(),
+                c.modulation.as_str()
+            ))
+        }
         None => error.hint(Budget::ADVICE),
     }
 }
@@ -111,12 +134,19 @@ pub struct Watch {
     limit: Option<MemorySize>,
     peak: Peak,
     checkpointing: Checkpointing,
+    /// Whether a new run could have its weights in int8.
+    int8_is_open: bool,
 }
 
 impl Watch {
     /// Begins to watch.
-    pub fn new(settled: &Settled, device: &Device) -> Result<Self> {
-        Ok(Self { limit: settled.limit, peak: Peak::watch(device)?, checkpointing: settled.checkpointing })
+    pub fn new(config: &Config, settled: &Settled, device: &Device) -> Result<Self> {
+        Ok(Self {
+            limit: settled.limit,
+            peak: Peak::watch(device)?,
+            checkpointing: settled.checkpointing,
+            int8_is_open: !settled.precision.int8 && config.training.mode == TrainingMode::Lora,
+        })
     }
 
     /// The error to end the run with after `done` steps, once they are saved; none while it keeps to its limit.
@@ -126,6 +156,9 @@ impl Watch {
         let less = match self.checkpointing {
             Checkpointing::None => "or with `--set training.checkpointing=selective`, which takes less",
             Checkpointing::Selective => "or with `--set training.checkpointing=full`, which takes less",
+            Checkpointing::Full if self.int8_is_open => {
+                "or begin a new run with `model.dtype: int8`, or a smaller `data.resolution`, `batch_size` or `lora.rank`"
+            }
             Checkpointing::Full => "or begin a new run with a smaller `data.resolution`, `batch_size` or `lora.rank`",
         };
         Ok(Some(
