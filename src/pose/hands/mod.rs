@@ -28,12 +28,11 @@ const WEIGHTS: &[u8] = include_bytes!("../../../assets/hands.safetensors");
 /// The name by which a config asks for these networks.
 pub const BUILTIN: &str = "builtin";
 
-/// The longer side in pixels of the picture in which palms are looked for. At 256, that of the detector's training, it
-/// misses some of the hands of a person who fills the picture; at 512 it takes more for palms that are none, which the
-/// second network sorts out.
-const DETECTION_SIDE: usize = 512;
-/// How sure the second network must be of a hand.
-const PRESENT: f32 = 0.5;
+/// The longer sides in pixels of the pictures in which palms are looked for. At 256, that of the detector's training, it
+/// misses hands of a person who fills the picture, at 512 hands that do so themselves.
+const DETECTION_SIDES: [usize; 2] = [512, 256];
+/// How sure both networks together must be of a hand: the product of their confidences.
+const SURE: f32 = 0.4;
 /// The crop around a palm: its side in sides of the palm, and how far its centre lies from the palm's towards the
 /// fingers. Source: `hand_landmark_tracking` and `palm_detection_to_roi` of MediaPipe.
 const CROP: f32 = 2.6;
@@ -88,17 +87,18 @@ impl HandFinder {
 
     /// The hands of a picture, surest first, in its pixels.
     pub fn find(&self, picture: &RgbImage) -> Result<Vec<Hand>> {
-        let (width, height) = (picture.width() as usize, picture.height() as usize);
-        let small = super::shrunk(picture, DETECTION_SIDE)?;
-        let (_, _, h, w) = small.dims4()?;
-        let palms = self.palms.detect(&small)?;
-        let (sx, sy) = (width as f32 / w as f32, height as f32 / h as f32);
         let mut hands: Vec<Hand> = Vec::new();
-        for palm in palms {
-            let crop = Crop::around(&palm, sx, sy);
-            let seen = self.points.look(&crop.cut(picture)?)?;
-            if seen.presence >= PRESENT {
-                hands.push(crop.hand(&seen));
+        for side in DETECTION_SIDES {
+            let small = super::shrunk(picture, side)?;
+            let (_, _, h, w) = small.dims4()?;
+            let (sx, sy) = (picture.width() as f32 / w as f32, picture.height() as f32 / h as f32);
+            for palm in self.palms.detect(&small)? {
+                let crop = Crop::around(&palm, sx, sy);
+                let seen = self.points.look(&crop.cut(picture)?)?;
+                let score = palm.score * seen.presence;
+                if score >= SURE {
+                    hands.push(crop.hand(&seen, score));
+                }
             }
         }
         hands.sort_by(|a, b| b.score.total_cmp(&a.score));
@@ -156,18 +156,18 @@ impl Crop {
     }
 
     /// The hand that was seen in it, in the picture's pixels.
-    fn hand(&self, seen: &HandPoints) -> Hand {
+    fn hand(&self, seen: &HandPoints, score: f32) -> Hand {
         let side = points::SIDE as f32;
         let keypoint = |&[u, v]: &[f32; 2]| {
             let (x, y) = self.point(u / side, v / side);
-            Keypoint { x, y, score: seen.presence }
+            Keypoint { x, y, score }
         };
         let keypoints: Vec<Keypoint> = seen.points.iter().map(keypoint).collect();
         let tight = PixelBox::around(&keypoints, 0.0).unwrap_or(PixelBox::square(self.x, self.y, self.side));
         let margin = MARGIN * tight.width().max(tight.height());
         let area = PixelBox::around(&keypoints, margin).unwrap_or(tight);
         let which = if seen.right >= 0.5 { "right" } else { "left" };
-        Hand { side: which, score: seen.presence, area, points: keypoints.into_iter().map(Some).collect() }
+        Hand { side: which, score, area, points: keypoints.into_iter().map(Some).collect() }
     }
 }
 
