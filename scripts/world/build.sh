@@ -46,21 +46,20 @@ clock "pose network"
   --out "$start/pose.safetensors" --threads "$threads" --steps "$(part 500)"
 clock "transformer"
 [ -e "$start/model_index.json" ] || "$python" $scripts/transformer.py init --out "$start"
-train() { # RUN PICTURES STEPS ARGUMENTS...
+train() { # RUN PICTURES STEPS WARMUP ARGUMENTS...
   "$QWEN_LORA" train --config $scripts/train.yaml --resume auto --set "model.path=$start" --set "output=$work/$1" \
-    --set "data.path=$work/$2" --set "training.max_steps=$(part "$3")" --set "data.cache_dir=$work/cache" "${@:4}"
+    --set "data.path=$work/$2" --set "data.cache_dir=$work/cache" --set "training.max_steps=$(part "$3")" \
+    --set "training.warmup_steps=$(part "$4")" "${@:5}"
 }
 emphasis() { # FOLDER STARS
   [ -d "$work/$1" ] || "$python" $scripts/emphasis.py "$work/pictures" "$work/$1" "$2"
 }
-train run pictures 10000
+train run pictures 10000 200
 clock "transformer, with more of what is hard to draw"
 emphasis stars-3 3
-train run-2 stars-3 4000 --set "model.transformer=$work/run/transformer" --set training.learning_rate=6e-4 \
-  --set training.warmup_steps=50 --set seed=2
+train run-2 stars-3 4000 50 --set "model.transformer=$work/run/transformer" --set training.learning_rate=6e-4 --set seed=2
 emphasis stars-5 5
-train run-3 stars-5 7000 --set "model.transformer=$work/run-2/transformer" --set training.learning_rate=7e-4 \
-  --set training.warmup_steps=50 --set seed=3
+train run-3 stars-5 7000 50 --set "model.transformer=$work/run-2/transformer" --set training.learning_rate=7e-4 --set seed=3
 
 clock "f16"
 mkdir -p "$model"
