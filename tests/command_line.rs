@@ -138,6 +138,18 @@ fn the_benchmark_times_the_parts_of_a_step_and_the_self_test_passes_on_the_cpu()
         }
         assert!(streamed["forecast_mb"].as_f64() < resident["forecast_mb"].as_f64(), "{resident} {streamed}");
     }
+    let four = shape.replace("--layers 1", "--layers 4");
+    let report = |swapped: usize| -> serde_json::Value {
+        let line = format!("bench {four} --steps 2 --warmup 1 --device cpu --blocks-to-swap {swapped}");
+        let output = qwen_lora(&line.split_whitespace().collect::<Vec<_>>());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let [none, three] = [0, 3].map(report);
+    assert_eq!(three["blocks_to_swap"], 3);
+    assert!(none["loss_last"].as_f64() == three["loss_last"].as_f64(), "{none} {three}");
+    let output = bench("--device cpu --blocks-to-swap 2");
+    assert!(stderr(&output).contains("more than there are blocks"), "{}", stderr(&output));
     let output = bench("--device cpu --modulation streamed --targets modulation");
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("`--modulation streamed` leaves out weights"), "{}", stderr(&output));

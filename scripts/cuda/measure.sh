@@ -87,6 +87,9 @@ if [ -z "$quick" ]; then
   # The claim that a card of 24 GB trains at 1024x1024: under 22 GB.
   part bench-1024-full-int8-streamed 60 "$binary" bench --preset qwen-image --device "$device" --dtype int8 \
     --checkpointing full --modulation streamed --steps 5 --warmup 2
+  # The same with half of the blocks in host memory, from where they are copied beside the computation.
+  part bench-1024-full-int8-swapped 90 "$binary" bench --preset qwen-image --device "$device" --dtype int8 \
+    --checkpointing full --modulation streamed --blocks-to-swap 30 --steps 5 --warmup 2
 fi
 part bench-512-composed 60 "$binary" bench --preset qwen-image --device "$device" --dtype bf16 --grid 32,32 --layers 12 \
   --checkpointing full --steps 3 --warmup 1 --composed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 # What the ends of the files' names say: which weights are not held on the GPU.
-AWAY = {"streamed": "modulation"}
+AWAY = {"streamed": "modulation", "swapped": "modulation, 30 blocks"}
 
 
 def lines(path):

@@ -79,6 +79,9 @@ pub struct BenchArgs {
     /// tables of a whole window of steps, as in training. Making these is not timed.
     #[arg(long, value_enum, default_value = "resident", conflicts_with = "model")]
     modulation: BenchModulation,
+    /// Blocks whose random weights wait in host memory, as `model.blocks_to_swap`.
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "model")]
+    blocks_to_swap: usize,
     /// Run every op composed of candle's operations, without kernels of our own (slow; to compare).
     #[arg(long)]
     composed: bool,
@@ -169,7 +172,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             };
             config.num_layers = args.layers.unwrap_or(config.num_layers);
             config.check().map_err(|e| Error::usage("these dimensions do not fit together").detail(e))?;
-            let placement = Placement { streamed_modulation: args.modulation == BenchModulation::Streamed };
+            let placement = Placement {
+                streamed_modulation: args.modulation == BenchModulation::Streamed,
+                swapped_blocks: args.blocks_to_swap,
+            };
+            if args.blocks_to_swap > config.num_layers {
+                return Err(Error::usage("`--blocks-to-swap` is more than there are blocks")
+                    .expected(format!("at most {}", config.num_layers), args.blocks_to_swap));
+            }
             QwenImageTransformer::random_placed(config, args.seed, precision, &compute.device, placement)?
         }
     };

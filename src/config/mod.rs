@@ -22,7 +22,7 @@ pub use stages::{Multipliers, SigmaRange, Stage, StageFilter, StageLoss, Stages,
 pub use types::{
     BaseDtype, Betas, Checkpointing, CheckpointingChoice, ComputeDtype, DeviceChoice, HeldOut, LoraInit, LossWeighting,
     LrSchedule, Masks, ModulationChoice, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling,
-    TrainingMode,
+    SwapChoice, TrainingMode,
 };
 
 use crate::error::{Error, Result};
@@ -74,8 +74,8 @@ section! {
 
 /// Keys that may change between a checkpoint and its resumption: none of them reaches the weights. All others must
 /// stay, `training.max_steps` too, because the learning rate of every step depends on it. (`preview` may change too; it
-/// `training.memory` and `model.modulation` are
-/// not part of what is compared.)
+/// `training.memory`, `model.modulation` and
+/// `model.blocks_to_swap` are not part of what is compared.)
 const MAY_CHANGE: [&str; 10] = [
     "output",
     "device",
@@ -183,7 +183,7 @@ impl Config {
         serde_saphyr::to_string(&self.write()).expect("a tree of plain values is YAML")
     }
 
-    /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device`, `preview`, `training.memory` and `model.modulation`,
+    /// The config for the adapter's metadata: JSON with sorted keys, without `output`, `device`, `preview`, `training.memory`, `model.modulation` and `model.blocks_to_swap`,
     /// which reach no weight (nor does `loss` where `data.pose_loss_weight` is 0, nor then a `pose` that was left alone), and without paths of this machine (a model or data folder is reduced to its name, the cache folder left out).
     pub fn embedded_json(&self) -> String {
         let mut root = self.embedded();
@@ -223,7 +223,8 @@ impl Config {
         root.remove("device");
         root.remove("preview");
         root.get_mut("training").expect("a section of the config").remove("memory");
-        root.get_mut("model").expect("a section of the config").remove("modulation");
+        let model = root.get_mut("model").expect("a section of the config");
+        ["modulation", "blocks_to_swap"].into_iter().for_each(|key| model.remove(key));
         root.get_mut("data").expect("a section of the config").remove("cache_dir");
         root
     }

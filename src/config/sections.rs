@@ -7,7 +7,8 @@ use crate::config::size::ImageSize;
 use crate::config::tree::{Content, Node};
 use crate::config::types::{
     BaseDtype, Betas, CheckpointingChoice, ComputeDtype, HeldOut, LoraInit, LossWeighting, LrSchedule, Masks,
-    ModulationChoice, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, TrainingMode,
+    ModulationChoice, Optimizer, Positive, Rank, Resolutions, SaveDtype, Shift, SigmaSampling, SwapChoice,
+    TrainingMode,
 };
 use crate::error::Result;
 use std::path::PathBuf;
@@ -30,6 +31,11 @@ section! {
         /// `auto`, which streams only where that makes the run fit into `training.memory`. What trains the modulation or
         /// the time embedding needs them in memory.
         modulation: ModulationChoice = ModulationChoice::Auto;
+        /// How many of the transformer's blocks wait in the memory of the machine, from where they are copied to the GPU just
+        /// before they are needed, the same bit for bit: 0, 3 or more (two of them are on the GPU at any time), at most all; or
+        /// `auto`, which is 0 unless only that makes the run fit into `training.memory`. For `training.mode: lora` alone; on
+        /// the CPU it works and saves nothing.
+        blocks_to_swap: SwapChoice = SwapChoice::Auto;
         /// Take hub files from the local cache only and never go to the network.
         offline: bool = false;
         /// A file with the transformer, in place of the one in `path`: safetensors in f32, bf16, f16 or fp8 with scales, or
@@ -76,8 +82,8 @@ section! {
         /// the default where there is a `memory`, is the fastest that fits.
         checkpointing: CheckpointingChoice = CheckpointingChoice::Full;
         /// The most memory that the run may take on its device: `auto` (what is free when it begins, less a tenth), a size,
-        /// or null for no limit. `checkpointing`, `dtype`, `model.dtype` and `model.modulation` are chosen to fit where they
-        /// are left open; a run that nothing makes fit is refused, and one that takes more all the same saves and stops.
+        /// or null for no limit. `checkpointing`, `dtype`, `model.dtype`, `model.modulation` and `model.blocks_to_swap` are
+        /// chosen to fit where they are left open; a run that nothing makes fit is refused, and one that takes more all the same saves and stops.
         memory: Option<MemoryLimit> = None;
         /// `lora` trains an adapter, `full` all weights of the transformer, which must then be held in f32.
         mode: TrainingMode = TrainingMode::Lora;

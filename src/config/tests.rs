@@ -239,7 +239,7 @@ fn alpha_and_targets_follow_the_section_unless_given() {
 /// A config without a single default value.
 fn unusual() -> Config {
     with(&[
-        "model={path: /m/qwen, revision: '0123', dtype: bf16, modulation: streamed, offline: true, transformer: /t/a b.safetensors, vae: v, \
+        "model={path: /m/qwen, revision: '0123', dtype: bf16, modulation: streamed, blocks_to_swap: 9, offline: true, transformer: /t/a b.safetensors, vae: v, \
          text_encoder: 'null'}",
         "output=/runs/第一, #1",
         "seed=18446744073709551615",

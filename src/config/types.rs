@@ -218,6 +218,43 @@ choice! {
     }
 }
 
+impl ModulationChoice {
+    /// Where they are, decided.
+    pub fn of(streamed: bool) -> Self {
+        if streamed { Self::Streamed } else { Self::Resident }
+    }
+}
+
+/// How many blocks wait in host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SwapChoice {
+    /// None, or, on a GPU, as many as make the run fit into `training.memory`.
+    Auto,
+    /// So many.
+    Blocks(usize),
+}
+
+impl Field for SwapChoice {
+    fn kind() -> String {
+        "`auto` or a whole number of 0 or more".into()
+    }
+    fn schema() -> Json {
+        json!({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 0}]})
+    }
+    fn read(node: &Node, at: &At) -> Result<Self> {
+        match &node.content {
+            Content::Text(text) if text == "auto" => Ok(Self::Auto),
+            _ => usize::read(node, at).map(Self::Blocks).map_err(|_| at.unexpected(node, Self::kind())),
+        }
+    }
+    fn write(&self) -> Node {
+        match self {
+            Self::Auto => Node::text("auto"),
+            Self::Blocks(n) => n.write(),
+        }
+    }
+}
+
 choice! {
     /// Storage type of the exported adapter.
     pub enum SaveDtype {

@@ -88,6 +88,17 @@ impl Int8Matrix {
         Self::from_rows(name, (n, k), read)?.to_device(weight.device())
     }
 
+    /// A matrix of zeros.
+    pub(super) fn zeros((n, k): (usize, usize), device: &Device) -> Result<Self> {
+        let scales = Tensor::zeros((n, k.div_ceil(BLOCK)), DType::F16, device)?;
+        Ok(Self { quants: Tensor::zeros((n, k), DType::U8, device)?, scales })
+    }
+
+    /// Values and scales: everything that it is made of.
+    pub(super) fn parts(&self) -> [&Tensor; 2] {
+        [&self.quants, &self.scales]
+    }
+
     /// The same matrix on another device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         Ok(Self { quants: self.quants.to_device(device)?, scales: self.scales.to_device(device)? })

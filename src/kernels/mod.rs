@@ -28,6 +28,7 @@ pub mod relu;
 pub mod rope;
 pub mod route;
 pub mod spatial_attention;
+pub mod swap;
 pub mod tape;
 pub mod tensors;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::kernels::cpu::view;
 use crate::kernels::int8::Int8Matrix;
+use crate::kernels::swap::Swapped;
 use crate::kernels::tape::Value;
 use candle_core::{DType, Tensor};
 use std::ops::Range;
@@ -14,6 +15,8 @@ pub enum Weight {
     Float(Value),
     /// Frozen, in int8.
     Int8(Int8Matrix),
+    /// Frozen, as either of these, in host memory until it is used.
+    Swapped(Swapped),
 }
 
 impl From<Value> for Weight {
@@ -28,6 +31,7 @@ impl Weight {
         match self {
             Self::Float(value) => (value.dims()[0], value.dims()[1]),
             Self::Int8(matrix) => matrix.dims(),
+            Self::Swapped(weight) => weight.dims(),
         }
     }
 
@@ -35,7 +39,7 @@ impl Weight {
     pub fn value(&self) -> Option<&Value> {
         match self {
             Self::Float(value) => Some(value),
-            Self::Int8(_) => None,
+            Self::Int8(_) | Self::Swapped(_) => None,
         }
     }
 
@@ -44,11 +48,12 @@ impl Weight {
         self.value().is_some_and(Value::needs_grad)
     }
 
-    /// The whole weight in `dtype`, on its device.
+    /// The whole weight in `dtype`, on its device. To be used at once: of a weight that is swapped it may be its buffer.
     pub(super) fn dense(&self, dtype: DType) -> Result<Tensor> {
         match self {
             Self::Float(value) => Ok(value.tensor().to_dtype(dtype)?),
             Self::Int8(matrix) => matrix.dequantise(dtype),
+            Self::Swapped(weight) => weight.reach()?.dense(dtype),
         }
     }
 
@@ -61,6 +66,7 @@ impl Weight {
                 Ok(())
             }
             Self::Int8(matrix) => matrix.for_each_panel(f),
+            Self::Swapped(weight) => weight.reach()?.for_each_panel(f),
         }
     }
 }

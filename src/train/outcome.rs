@@ -93,6 +93,7 @@ pub struct DryRun {
     precision: Precision,
     checkpointing: Checkpointing,
     modulation: ModulationChoice,
+    blocks_to_swap: usize,
     #[serde(rename = "memory_bytes")]
     memory: Forecast,
     #[serde(rename = "memory_limit_bytes", skip_serializing_if = "Option::is_none")]
@@ -143,6 +144,7 @@ impl DryRun {
             precision: settled.precision,
             checkpointing: settled.checkpointing,
             modulation: settled.modulation(),
+            blocks_to_swap: settled.placement.swapped_blocks,
             memory: settled.forecast.clone(),
             limit: settled.limit,
             budget,
@@ -169,6 +171,7 @@ impl DryRun {
             ("compute type", self.dtype.to_string()),
             ("checkpointing", self.checkpointing.as_str().to_string()),
             ("modulation", self.modulation.as_str().to_string()),
+            ("blocks swapped", self.blocks_to_swap.to_string()),
             ("memory forecast", self.memory.to_string()),
             ("memory limit", self.limit.map_or("none".into(), |limit| limit.to_string())),
         ]
@@ -267,7 +270,12 @@ impl fmt::Display for DryRun {
         writeln!(f, "trained     {:.2} M parameters{modules}", self.trainable_params as f64 / 1e6)?;
         let limit = self.limit.map(|limit| format!(", at most {limit}")).unwrap_or_default();
         let (policy, modulation) = (self.checkpointing.as_str(), self.modulation.as_str());
-        writeln!(f, "runs        in {}, checkpointing {policy}, modulation {modulation}{limit}", self.precision)?;
+        let swapped = match self.blocks_to_swap {
+            0 => String::new(),
+            n => format!(", {n} blocks swapped"),
+        };
+        let precision = self.precision;
+        writeln!(f, "runs        in {precision}, checkpointing {policy}, modulation {modulation}{swapped}{limit}")?;
         writeln!(f, "memory      {}", self.memory)?;
         if let Some(budget) = &self.budget {
             budget.to_string().lines().try_for_each(|line| writeln!(f, "            {line}"))?;

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::flow::FlowMatchEuler;
 use crate::io::write_atomic;
 use crate::model::source::ModelSource;
-use crate::model::transformer::{Placement, QwenImageTransformer, TransformerConfig};
+use crate::model::transformer::{QwenImageTransformer, TransformerConfig};
 use crate::optim::{AdamW, AdamWOptions};
 use crate::report::Page;
 use crate::train::batches::{Batches, TrainBatch};
@@ -95,8 +95,8 @@ impl Run {
         let course = Course::new(&config, &transformer, &data.plans)?;
         let text_tokens = setup::longest_prompt(&config, &data.dataset, &pipeline)?;
         let step = Step::of(&config, &data, &transformer, text_tokens)?;
-        let budget = options.memory.map(|available| Budget::new(&config, &step, on_gpu, available));
         let settled = Settled::settle(&mut config, &step, &compute.device, matches!(start, Start::Fresh))?;
+        let budget = options.memory.map(|available| Budget::new(&config, &step, on_gpu, available));
         let config = &config;
         let dry_run = DryRun::new(config, &data, &course, &step, &settled, budget)?;
         if options.dry_run {
@@ -129,8 +129,8 @@ impl Run {
         progress.notes(&prepared.notes);
         let (mut structured, guide) = prepared.loss.unzip();
 
-        let placement = Placement { streamed_modulation: settled.streamed };
-        let (mut model, trainable) = setup::load_network(config, &pipeline, &start, &compute.device, placement)?;
+        let (mut model, trainable) =
+            setup::load_network(config, &pipeline, &start, &compute.device, settled.placement)?;
         // Only now is the folder a run's: after a bad image or a stop in what is above, the same command starts again.
         let yaml = config.to_yaml();
         write_atomic(&dir.config(), |file| file.write_all(yaml.as_bytes()))?;

@@ -16,6 +16,8 @@ pub mod manifest;
 pub mod multi_tensor;
 #[cfg(feature = "cuda")]
 pub(super) mod ops;
+#[cfg(feature = "cuda")]
+pub(super) mod swap;
 #[cfg(test)]
 mod twins;
 

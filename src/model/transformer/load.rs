@@ -9,6 +9,7 @@ use crate::io::Weights;
 use crate::kernels::Value;
 use crate::kernels::int8::Int8Matrix;
 use crate::kernels::linear::{Linear, Lora};
+use crate::kernels::swap::Swap;
 use crate::kernels::weight::Weight;
 use candle_core::{Device, Tensor};
 use std::cell::RefCell;
@@ -23,6 +24,24 @@ pub enum BaseWeights {
     Frozen,
     /// Leaves, as full fine-tuning needs.
     Trained,
+}
+
+/// How the weights are kept.
+struct Kept {
+    base: BaseWeights,
+    /// The modulation is left out where there is this.
+    ahead: Option<Ahead>,
+    /// Whether `ahead` is there, and which blocks wait in host memory; only what is frozen can.
+    placement: Placement,
+    /// Where these are made before they wait.
+    home: Device,
+}
+
+impl Kept {
+    /// On the device, all of them.
+    fn resident(base: BaseWeights) -> Self {
+        Self { base, ahead: None, placement: Placement::default(), home: Device::Cpu }
+    }
 }
 
 /// Names that published or repackaged files carry beside the model's own tensors.
@@ -47,9 +66,9 @@ impl QwenImageTransformer {
         base: BaseWeights,
     ) -> Result<Self> {
         Self::check_weights(&config, weights)?;
-        let float = |name: &str, shape: &[usize]| weights.get(name, shape, precision.weights, device);
-        let int8 = |name: &str, (n, k): (usize, usize)| weights.int8(name, (n, k))?.to_device(device);
-        Self::build_of(config, precision, device, base, None, float, int8)
+        let float = |name: &str, shape: &[usize], on: &Device| weights.get(name, shape, precision.weights, on);
+        let int8 = |name: &str, dims: (usize, usize), on: &Device| weights.int8(name, dims)?.to_device(on);
+        Self::build_of(config, precision, device, Kept::resident(base), float, int8)
     }
 
     /// [`from_weights`](Self::from_weights) of frozen weights, kept as `placement` says.
@@ -100,10 +119,15 @@ impl QwenImageTransformer {
         device: &Device,
         placement: Placement,
     ) -> Result<Self> {
-        let ahead = placement.streamed_modulation.then(|| Ahead::new(origin.clone()));
-        let float = |name: &str, shape: &[usize]| origin.float(name, shape, precision, device);
-        let int8 = |name: &str, dims: (usize, usize)| origin.int8(name, dims, precision, device);
-        Self::build_of(config, precision, device, BaseWeights::Frozen, ahead, float, int8)
+        let kept = Kept {
+            base: BaseWeights::Frozen,
+            ahead: placement.streamed_modulation.then(|| Ahead::new(origin.clone())),
+            placement,
+            home: origin.home(device),
+        };
+        let float = |name: &str, shape: &[usize], on: &Device| origin.float(name, shape, precision, on);
+        let int8 = |name: &str, dims: (usize, usize), on: &Device| origin.int8(name, dims, precision, on);
+        Self::build_of(config, precision, device, kept, float, int8)
     }
 
     /// Builds the network from what `tensor` gives for each name and shape of the config, tensor by tensor quantised if
@@ -115,29 +139,31 @@ impl QwenImageTransformer {
         base: BaseWeights,
         tensor: impl Fn(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
-        let int8 =
-            |name: &str, (n, k): (usize, usize)| Int8Matrix::quantise(name, &tensor(name, &[n, k])?)?.to_device(device);
-        Self::build_of(config, precision, device, base, None, &tensor, int8)
+        let float = |name: &str, shape: &[usize], _: &Device| tensor(name, shape);
+        let int8 = |name: &str, (n, k): (usize, usize), on: &Device| {
+            Int8Matrix::quantise(name, &tensor(name, &[n, k])?)?.to_device(on)
+        };
+        Self::build_of(config, precision, device, Kept::resident(base), float, int8)
     }
 
-    /// With `ahead` the modulation is left out.
+    /// `float` and `int8` make a weight of this name and shape on a device.
     ///
     /// Errors (usage): weights that are to be trained, in int8.
     fn build_of(
         config: TransformerConfig,
         precision: Precision,
         device: &Device,
-        base: BaseWeights,
-        ahead: Option<Ahead>,
-        float: impl Fn(&str, &[usize]) -> Result<Tensor>,
-        int8: impl Fn(&str, (usize, usize)) -> Result<Int8Matrix>,
+        kept: Kept,
+        float: impl Fn(&str, &[usize], &Device) -> Result<Tensor>,
+        int8: impl Fn(&str, (usize, usize), &Device) -> Result<Int8Matrix>,
     ) -> Result<Self> {
+        let Kept { base, ahead, placement, home } = kept;
         if precision.int8 && base == BaseWeights::Trained {
             return Err(Error::usage("weights in int8 are not trained").hint("hold them in f32"));
         }
         let shapes: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
         let value = |name: &str| -> Result<Value> {
-            let tensor = float(name, &shapes[name])?;
+            let tensor = float(name, &shapes[name], device)?;
             Ok(match base {
                 BaseWeights::Frozen => Value::constant(tensor),
                 BaseWeights::Trained => Value::leaf(tensor),
@@ -147,18 +173,31 @@ impl QwenImageTransformer {
             let bias = Some(value(&format!("{name}.bias"))?);
             Ok(Linear { weight: value(&format!("{name}.weight"))?.into(), bias, lora: None })
         };
-        let block_linear = |name: &str| -> Result<Linear> {
-            if !precision.int8 {
+        let swap = (placement.swapped_blocks > 0).then(|| Swap::new(device)).transpose()?;
+        let block_linear = |name: &str, swap: Option<&Rc<Swap>>| -> Result<Linear> {
+            if swap.is_none() && !precision.int8 {
                 return linear(name);
             }
             let bias = Some(value(&format!("{name}.bias"))?);
-            let weight = format!("{name}.weight");
-            let shape = &shapes[&weight];
-            Ok(Linear { weight: Weight::Int8(int8(&weight, (shape[0], shape[1]))?), bias, lora: None })
+            let name = format!("{name}.weight");
+            let (shape, on) = (&shapes[&name], if swap.is_some() { &home } else { device });
+            let weight = match precision.int8 {
+                true => Weight::Int8(int8(&name, (shape[0], shape[1]), on)?),
+                false => Value::constant(float(&name, shape, on)?).into(),
+            };
+            let weight = match swap {
+                Some(swap) => swap.add(weight)?,
+                None => weight,
+            };
+            Ok(Linear { weight, bias, lora: None })
         };
         let block = |i: usize| -> Result<Rc<Block>> {
+            let swap = swap.as_ref().filter(|_| placement.swaps(i, config.num_layers));
+            if let Some(swap) = swap {
+                swap.begin_group();
+            }
             let value = |name: &str| value(&format!("transformer_blocks.{i}.{name}"));
-            let linear = |name: &str| block_linear(&format!("transformer_blocks.{i}.{name}"));
+            let linear = |name: &str| block_linear(&format!("transformer_blocks.{i}.{name}"), swap);
             let mlp = |name: &str| -> Result<FeedForward> {
                 Ok(FeedForward { proj: linear(&format!("{name}.net.0.proj"))?, out: linear(&format!("{name}.net.2"))? })
             };
@@ -187,6 +226,7 @@ impl QwenImageTransformer {
         let addition = "time_text_embed.addition_t_embedding.weight";
         Ok(Self {
             precision,
+            placement,
             device: device.clone(),
             img_in: linear("img_in")?,
             txt_norm: value("txt_norm.weight")?,
@@ -237,7 +277,7 @@ impl QwenImageTransformer {
         })
     }
 
-    /// Every base parameter that is held as floats by its checkpoint name, in the model's order.
+    /// Every base parameter that is held as floats on the device by its checkpoint name, in the model's order.
     pub fn parameters(&self) -> Vec<(String, Value)> {
         let mut out = Vec::new();
         let ends = [

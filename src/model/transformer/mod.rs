@@ -41,6 +41,7 @@ use std::rc::Rc;
 pub struct QwenImageTransformer {
     config: TransformerConfig,
     precision: Precision,
+    placement: Placement,
     device: Device,
     img_in: Linear,
     txt_norm: Value,
@@ -101,6 +102,11 @@ impl QwenImageTransformer {
     /// The types of weights and activations.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// Which weights are not on the device all the time.
+    pub fn placement(&self) -> Placement {
+        self.placement
     }
 
     /// The velocity prediction `noise - latents` for every image token: (B, S_img, patch^2 * out_channels).

@@ -9,11 +9,27 @@ use candle_core::{Device, Tensor};
 use std::rc::Rc;
 
 /// Which frozen weights are not on the device all the time. The default: all are.
+///
+/// What is computed is the same bit for bit, wherever they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Placement {
     /// Those of the modulation are left where they come from, and read when they are needed: see
     /// [`modulate_ahead`](super::QwenImageTransformer::modulate_ahead). Its linears can carry no adapter.
     pub streamed_modulation: bool,
+    /// So many blocks, spread evenly, have the matrices of their linears in host memory, from where they are copied into one
+    /// of two buffers of the device when they are needed: see [`Swap`](crate::kernels::swap::Swap). Adapters, biases
+    /// and norms stay.
+    pub swapped_blocks: usize,
+}
+
+impl Placement {
+    /// The fewest blocks that are worth swapping: of fewer the device has the values of all at any time.
+    pub const LEAST_SWAPPED: usize = 3;
+
+    /// Whether block `i` of `blocks` is swapped.
+    pub fn swaps(self, i: usize, blocks: usize) -> bool {
+        (i + 1) * self.swapped_blocks / blocks > i * self.swapped_blocks / blocks
+    }
 }
 
 /// What gives a weight by its name, as often as it is asked.
@@ -33,6 +49,14 @@ impl Origin {
             device.set_seed(seed)?;
         }
         Ok(Self::Random(seed))
+    }
+
+    /// Where a weight is made that is to wait in host memory: what is drawn on a GPU is drawn there.
+    pub(super) fn home(&self, device: &Device) -> Device {
+        match self {
+            Self::Files(_) => Device::Cpu,
+            Self::Random(_) => device.clone(),
+        }
     }
 
     /// A weight as floats on `device`.
@@ -59,6 +83,29 @@ impl Origin {
         match self {
             Self::Files(weights) => weights.int8(name, (n, k))?.to_device(device),
             Self::Random(_) => Int8Matrix::quantise(name, &self.float(name, &[n, k], p, device)?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn swapped_blocks_are_spread_evenly() {
+        let swapped = |n: usize, blocks: usize| -> Vec<usize> {
+            let placement = Placement { swapped_blocks: n, ..Default::default() };
+            (0..blocks).filter(|i| placement.swaps(*i, blocks)).collect()
+        };
+        assert!(swapped(0, 60).is_empty());
+        assert_eq!(swapped(3, 9), [2, 5, 8]);
+        assert_eq!(swapped(4, 6), [1, 2, 4, 5]);
+        for n in 0..=60 {
+            let blocks = swapped(n, 60);
+            assert_eq!(blocks.len(), n);
+            let gaps: Vec<usize> = blocks.windows(2).map(|w| w[1] - w[0]).collect();
+            let (least, most) = (gaps.iter().min().unwrap_or(&1), gaps.iter().max().unwrap_or(&1));
+            assert!(most - least <= 1, "{blocks:?}");
         }
     }
 }

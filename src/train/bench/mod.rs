@@ -58,6 +58,8 @@ pub struct BenchReport {
     checkpointing: &'static str,
     /// `resident`, or `streamed`: not held, with the tables of a whole window in their place.
     modulation: &'static str,
+    /// Blocks that wait in host memory.
+    blocks_to_swap: usize,
     threads: usize,
     batch: usize,
     image_tokens: usize,
@@ -148,7 +150,8 @@ pub fn bench(
     let scaling = LoraScaling { rank: shape.rank, alpha: shape.rank as f64, rslora: false };
     let targets = resolve_targets(&config.modules(), &entries, scaling)?;
     let adapter = LoraAdapter::init(&targets, Init::Gaussian, shape.seed, &Device::Cpu)?;
-    let streamed = model.modulates_ahead();
+    let placement = model.placement();
+    let streamed = placement.streamed_modulation;
     if streamed && targets.iter().any(|t| feeds_modulation(&t.name)) {
         return Err(Error::usage(
             "`--modulation streamed` leaves out weights that these targets train or train through",
@@ -236,7 +239,7 @@ pub fn bench(
             trains_modulation: targets.iter().any(|t| feeds_modulation(&t.name)),
         },
     };
-    let forecast = step.forecast(model.precision(), shape.checkpointing, streamed).total();
+    let forecast = step.forecast(model.precision(), shape.checkpointing, placement, !device.is_cpu()).total();
     let peak = matmul_peak(&device, model.precision().compute)?;
     let flops = StepFlops::new(&config, shape, targets.iter().map(|t| t.in_features + t.out_features).sum());
     let base_params: usize = config.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
@@ -245,7 +248,8 @@ pub fn bench(
         device: gpu.name,
         dtype: model.precision().base_name(),
         checkpointing: shape.checkpointing.as_str(),
-        modulation: if streamed { ModulationChoice::Streamed } else { ModulationChoice::Resident }.as_str(),
+        modulation: ModulationChoice::of(streamed).as_str(),
+        blocks_to_swap: placement.swapped_blocks,
         threads: rayon::current_num_threads(),
         batch: shape.batch,
         image_tokens: tokens,

@@ -1,10 +1,14 @@
 //! The ways to run a step, against a given memory.
 
-use crate::config::{BaseDtype, Checkpointing, ComputeDtype, Config, MemorySize, ModulationChoice, TrainingMode};
+use crate::config::{
+    BaseDtype, Checkpointing, ComputeDtype, Config, MemorySize, ModulationChoice, SwapChoice, TrainingMode,
+};
+use crate::model::transformer::{Placement, Precision};
 use crate::train::memory::Step;
 use crate::train::setup;
 use serde::Serialize;
 use std::fmt;
+use std::ops::RangeInclusive;
 
 /// One way to run, and what it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -17,6 +21,8 @@ pub struct Choice {
     pub checkpointing: Checkpointing,
     /// `model.modulation`: `resident` or `streamed`.
     pub modulation: ModulationChoice,
+    /// `model.blocks_to_swap`.
+    pub blocks_to_swap: usize,
     /// Peak of a step.
     #[serde(rename = "total_bytes")]
     pub total: MemorySize,
@@ -40,44 +46,109 @@ impl Budget {
 
     /// The ways to run `step` with the base as `model.dtype` of the config has it, and, where an adapter is trained, with one
     /// in int8, held against `available`.
+    ///
+    /// Blocks are swapped where the config says how many, in each way; where it leaves that open, on a GPU, and beside full
+    /// recompute alone: up to half of them before less exact types, more of them after all types.
     pub fn new(config: &Config, step: &Step, on_gpu: bool, available: MemorySize) -> Self {
+        let ways = Ways { step, on_gpu, available };
         let own = config.model.dtype;
         let mut bases = vec![own];
         if own != BaseDtype::Int8 && step.mode == TrainingMode::Lora {
             bases.push(BaseDtype::Int8);
         }
         let types = bases.into_iter().flat_map(|base| [ComputeDtype::F32, ComputeDtype::Bf16].map(|c| (base, c)));
+        let types: Vec<(ComputeDtype, Precision)> = types
+            .filter_map(|(base, dtype)| {
+                let mut config = config.clone();
+                (config.model.dtype, config.training.dtype) = (base, dtype);
+                Some((dtype, setup::precision(&config, on_gpu).ok()?))
+            })
+            .collect();
+        let (swapped, open) = match config.model.blocks_to_swap {
+            SwapChoice::Blocks(n) => (n, false),
+            SwapChoice::Auto => (0, on_gpu && step.mode == TrainingMode::Lora),
+        };
+        let resident_only = step.shape.trains_modulation;
+        // Where both are open, what is streamed need not be swapped.
+        let streamed = !resident_only && config.model.modulation != ModulationChoice::Resident;
+        let (layers, least) = (step.transformer.num_layers, Placement::LEAST_SWAPPED);
         let mut choices = Vec::new();
-        for (base, dtype) in types {
-            let mut config = config.clone();
-            (config.model.dtype, config.training.dtype) = (base, dtype);
-            let Ok(precision) = setup::precision(&config, on_gpu) else { continue };
-            let base = precision.base();
+        for &types in &types {
             for checkpointing in [Checkpointing::None, Checkpointing::Selective, Checkpointing::Full] {
                 // A reading of the modulation's weights now and then is cheaper than computing blocks twice in each step.
-                for modulation in [ModulationChoice::Resident, ModulationChoice::Streamed] {
-                    let streamed = modulation == ModulationChoice::Streamed;
-                    if streamed && step.shape.trains_modulation {
-                        continue;
+                for streamed_modulation in [false, true] {
+                    if !(streamed_modulation && resident_only) {
+                        let placement = Placement { streamed_modulation, swapped_blocks: swapped };
+                        choices.push(ways.choice(types, checkpointing, placement));
                     }
-                    let total = step.forecast(precision, checkpointing, streamed).total();
-                    choices.push(Choice { base, dtype, checkpointing, modulation, total, fits: total <= available });
                 }
             }
+            if open && layers / 2 >= least {
+                choices.push(ways.fewest(types, streamed, least..=layers / 2));
+            }
+        }
+        if open && layers >= least {
+            choices.extend(types.iter().map(|&types| ways.fewest(types, streamed, least.max(layers / 2 + 1)..=layers)));
         }
         Self { available, choices }
+    }
+}
+
+/// What all ways have in common.
+struct Ways<'a> {
+    step: &'a Step<'a>,
+    on_gpu: bool,
+    available: MemorySize,
+}
+
+impl Ways<'_> {
+    fn choice(
+        &self,
+        (dtype, precision): (ComputeDtype, Precision),
+        checkpointing: Checkpointing,
+        placement: Placement,
+    ) -> Choice {
+        let total = self.step.forecast(precision, checkpointing, placement, self.on_gpu).total();
+        Choice {
+            base: precision.base(),
+            dtype,
+            checkpointing,
+            modulation: ModulationChoice::of(placement.streamed_modulation),
+            blocks_to_swap: placement.swapped_blocks,
+            total,
+            fits: total <= self.available,
+        }
+    }
+
+    /// Full recompute with the fewest swapped blocks that make it fit, or with all of `counts`, which are not empty.
+    fn fewest(&self, types: (ComputeDtype, Precision), streamed: bool, counts: RangeInclusive<usize>) -> Choice {
+        let mut choices = counts.map(|swapped_blocks| {
+            let placement = Placement { streamed_modulation: streamed, swapped_blocks };
+            self.choice(types, Checkpointing::Full, placement)
+        });
+        let mut last = choices.next().expect("the caller has looked");
+        while !last.fits
+            && let Some(more) = choices.next()
+        {
+            last = more;
+        }
+        last
     }
 }
 
 impl fmt::Display for Budget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let head = format!("in {}", self.available);
-        write!(f, "{head:<14} base  dtype  checkpointing  modulation  takes")?;
+        write!(f, "{head:<14} base  dtype  checkpointing  modulation  swapped  takes")?;
         for c in &self.choices {
             let verdict = if c.fits { "fits" } else { "too large" };
             let (base, dtype) = (c.base.as_str(), c.dtype.as_str());
             let (policy, modulation) = (c.checkpointing.as_str(), c.modulation.as_str());
-            write!(f, "\n{verdict:<14} {base:<5} {dtype:<6} {policy:<14} {modulation:<11} {}", c.total)?;
+            write!(
+                f,
+                "\n{verdict:<14} {base:<5} {dtype:<6} {policy:<14} {modulation:<11} {:<8} {}",
+                c.blocks_to_swap, c.total
+            )?;
         }
         Ok(())
     }
@@ -101,24 +172,61 @@ mod tests {
             |more: &str, size: &str| Budget::new(&config(more), &megapixel(&published), true, size.parse().unwrap());
         let fitting = |more: &str, size: &str| {
             let fitting = budget(more, size).choices.into_iter().filter(|c| c.fits && c.dtype == ComputeDtype::Bf16);
-            fitting.map(|c| (c.base, c.checkpointing, c.modulation)).collect::<Vec<_>>()
+            fitting.map(|c| (c.base, c.checkpointing, c.modulation, c.blocks_to_swap)).collect::<Vec<_>>()
         };
         let (resident, streamed) = (ModulationChoice::Resident, ModulationChoice::Streamed);
         let [none, selective, full] = [Checkpointing::None, Checkpointing::Selective, Checkpointing::Full];
-        let floats = [(selective, streamed), (full, resident), (full, streamed)].map(|(c, m)| (BaseDtype::Bf16, c, m));
+        let kept = "model: {path: m, blocks_to_swap: 0}";
+        let floats = [(selective, streamed), (full, resident), (full, streamed)];
+        let floats = floats.map(|(c, m)| (BaseDtype::Bf16, c, m, 0));
         let int8 = [(none, streamed), (selective, resident), (selective, streamed), (full, resident), (full, streamed)];
-        let int8 = int8.map(|(c, m)| (BaseDtype::Int8, c, m));
-        assert_eq!(fitting("model: m", "48GB"), [&floats[..], &int8[..]].concat());
-        assert_eq!(fitting("model: m", "24GB"), [(BaseDtype::Int8, full, streamed)]);
-        let text = budget("model: m", "24GB").to_string();
+        let int8 = int8.map(|(c, m)| (BaseDtype::Int8, c, m, 0));
+        assert_eq!(fitting(kept, "48GB"), [&floats[..], &int8[..]].concat());
+        assert_eq!(fitting(kept, "24GB"), [(BaseDtype::Int8, full, streamed, 0)]);
+        let text = budget(kept, "24GB").to_string();
         assert!(text.starts_with("in 24.0 GB     base  dtype") && text.matches("\nfits").count() == 2, "{text}");
-        assert!(text.contains("\nfits           int8  bf16   full           streamed    19.9 GB"), "{text}");
+        assert!(text.contains("\nfits           int8  bf16   full           streamed    0        19.9 GB"), "{text}");
         // Weights in f32 take 82 GB, without the modulation 55 GB, whatever is computed in; int8 is listed beside them.
-        let wide = budget("model: {path: m, dtype: f32}", "80GiB").choices;
+        let wide = budget("model: {path: m, dtype: f32, blocks_to_swap: 0}", "80GiB").choices;
         let (f32s, int8): (Vec<Choice>, _) = wide.into_iter().partition(|c| c.base == BaseDtype::F32);
         assert!(f32s.iter().all(|c| c.total.0 > 55_000_000_000) && f32s.len() == 12);
         assert!(int8.iter().all(|c| c.base == BaseDtype::Int8) && int8.len() == 12);
-        assert_eq!(budget("model: {path: m, dtype: int8}", "80GiB").choices, int8);
+        assert_eq!(budget("model: {path: m, dtype: int8, blocks_to_swap: 0}", "80GiB").choices, int8);
+    }
+
+    #[test]
+    fn half_of_the_blocks_are_swapped_before_the_types_get_narrower_and_more_of_them_at_the_very_end() {
+        let published = TransformerConfig::qwen_image();
+        let choices = |more: &str, size: &str, on_gpu: bool| {
+            Budget::new(&config(more), &megapixel(&published), on_gpu, size.parse().unwrap()).choices
+        };
+        let swaps = |size: &str| {
+            let swapped = choices("model: m", size, true).into_iter().filter(|c| c.blocks_to_swap > 0);
+            swapped.map(|c| (c.base.as_str(), c.dtype.as_str(), c.blocks_to_swap, c.fits)).collect::<Vec<_>>()
+        };
+        // The fewest that fit; where none do, as many as there are at this place.
+        let swapped = swaps("24GB");
+        assert_eq!(swapped.len(), 8);
+        let bf16 = swapped[1];
+        assert!((bf16.0, bf16.1, bf16.3) == ("bf16", "bf16", true) && (3..=30).contains(&bf16.2), "{swapped:?}");
+        assert_eq!((swapped[0].2, swapped[0].3, swapped[4].0), (30, false, "f32"), "{swapped:?}");
+        let places = |size: &str| -> Vec<usize> {
+            let choices = choices("model: m", size, true);
+            (0..choices.len()).filter(|i| choices[*i].blocks_to_swap > 0).collect()
+        };
+        assert_eq!(places("24GB"), [6, 13, 20, 27, 28, 29, 30, 31]);
+        let one_less = Placement { streamed_modulation: true, swapped_blocks: bf16.2 - 1 };
+        let step = megapixel(&published);
+        let forecast = step.forecast(Precision::uniform(candle_core::DType::BF16), Checkpointing::Full, one_less, true);
+        assert!(forecast.total().0 > 24_000_000_000, "{forecast}");
+        // In 14 GB int8 fits with up to half of its blocks in host memory, bf16 with more.
+        let swapped = swaps("14GB");
+        let fits: Vec<_> = swapped.iter().filter(|s| s.1 == "bf16" && s.3).map(|s| (s.0, s.1, s.2 > 30)).collect();
+        assert_eq!(fits, [("int8", "bf16", false), ("bf16", "bf16", true), ("int8", "bf16", true)], "{swapped:?}");
+        // What the config says holds in each way; on the CPU nothing is won.
+        let eight = choices("model: {path: m, blocks_to_swap: 8}", "24GB", true);
+        assert!(eight.iter().all(|c| c.blocks_to_swap == 8) && eight.len() == 24);
+        assert!(choices("model: m", "24GB", false).iter().all(|c| c.blocks_to_swap == 0));
     }
 
     #[test]

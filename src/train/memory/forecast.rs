@@ -7,7 +7,7 @@
 use crate::config::{Checkpointing, Config, MemorySize, TrainingMode};
 use crate::error::Result;
 use crate::kernels::int8::{Int8Matrix, PANEL};
-use crate::model::transformer::{Precision, TransformerConfig};
+use crate::model::transformer::{Placement, Precision, TransformerConfig};
 use crate::train::ahead::window;
 use crate::train::setup::{self, RunData};
 use candle_core::DType;
@@ -90,8 +90,16 @@ impl<'a> Step<'a> {
         Ok(Self { transformer, mode: training.mode, accumulates, shape })
     }
 
-    /// Counts the step's memory, with the weights of the modulation in memory or `streamed` from the disk.
-    pub fn forecast(&self, precision: Precision, checkpointing: Checkpointing, streamed: bool) -> Forecast {
+    /// Counts the step's memory with the weights placed like this. Blocks that are swapped wait in the memory of the machine,
+    /// which on the CPU is the device's own.
+    pub fn forecast(
+        &self,
+        precision: Precision,
+        checkpointing: Checkpointing,
+        placement: Placement,
+        on_gpu: bool,
+    ) -> Forecast {
+        let streamed = placement.streamed_modulation;
         let (config, shape) = (self.transformer, &self.shape);
         let (d, layers) = (config.dim(), config.num_layers);
         let tokens = shape.batch * (shape.image_tokens + shape.text_tokens);
@@ -121,26 +129,41 @@ impl<'a> Step<'a> {
             (true, false) => (6 * d * d * size).max(panel),
         };
         let bytes = |n: usize| MemorySize(n as u64);
+        let swapped = placement.swapped_blocks;
+        let block = if swapped > 0 { block_bytes(config, precision, streamed) } else { 0 };
+        let waiting = swapped * block;
+        let resident = weight_bytes(config, precision, streamed) - waiting + swapped.min(2) * block;
         Forecast {
-            weights: bytes(weight_bytes(config, precision, streamed)),
+            weights: bytes(if on_gpu { resident } else { resident + waiting }),
             modulation: bytes(if streamed { self.tables() * size } else { 0 }),
             adapter: bytes(if self.mode == TrainingMode::Lora { trained } else { 0 }),
             gradients: bytes(if self.accumulates { 2 * trained } else { trained }),
             optimizer: bytes(2 * trained),
             activations: bytes(tokens * of_a_token),
             workspace: bytes(tokens * WORKSPACE_WIDTHS * d * F32 + widened),
+            host: bytes(if on_gpu { waiting } else { 0 }),
         }
     }
 }
 
 /// The base model in memory.
 fn weight_bytes(config: &TransformerConfig, precision: Precision, streamed: bool) -> usize {
-    let bytes = |(name, shape): &(String, Vec<usize>)| match shape[..] {
+    config.tensors().iter().map(|(name, shape)| tensor_bytes(name, shape, precision, streamed)).sum()
+}
+
+/// The matrices of one block: what is swapped of it.
+fn block_bytes(config: &TransformerConfig, precision: Precision, streamed: bool) -> usize {
+    let tensors = config.tensors();
+    let of_block = tensors.iter().filter(|(name, shape)| name.starts_with("transformer_blocks.0.") && shape.len() == 2);
+    of_block.map(|(name, shape)| tensor_bytes(name, shape, precision, streamed)).sum()
+}
+
+fn tensor_bytes(name: &str, shape: &[usize], precision: Precision, streamed: bool) -> usize {
+    match shape[..] {
         _ if streamed && name.contains("_mod.1.") => 0,
         [n, k] if precision.int8 && name.starts_with("transformer_blocks.") => Int8Matrix::bytes_of((n, k)),
         _ => shape.iter().product::<usize>() * precision.weights.size_in_bytes(),
-    };
-    config.tensors().iter().map(bytes).sum()
+    }
 }
 
 /// Base parameters.
@@ -178,6 +201,8 @@ pub struct Forecast {
     pub activations: MemorySize,
     /// Buffers of the ops.
     pub workspace: MemorySize,
+    /// Blocks that wait in the memory of the machine; not part of the sum.
+    pub host: MemorySize,
 }
 
 impl Forecast {
@@ -200,9 +225,9 @@ impl Forecast {
 }
 
 impl Serialize for Forecast {
-    /// A map of parts and `total`, in bytes.
+    /// A map of parts, `total`, and beside it `host`, in bytes.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.parts().into_iter().chain([("total", self.total())]))
+        serializer.collect_map(self.parts().into_iter().chain([("total", self.total()), ("host", self.host)]))
     }
 }
 
@@ -210,7 +235,10 @@ impl fmt::Display for Forecast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:", self.total())?;
         let shown = self.parts().into_iter().filter(|(_, size)| size.0 > 0);
-        shown.enumerate().try_for_each(|(i, (name, size))| write!(f, "{} {name} {size}", if i > 0 { "," } else { "" }))
+        shown
+            .enumerate()
+            .try_for_each(|(i, (name, size))| write!(f, "{} {name} {size}", if i > 0 { "," } else { "" }))?;
+        if self.host.0 > 0 { write!(f, "; in host memory {}", self.host) } else { Ok(()) }
     }
 }
 
@@ -241,14 +269,16 @@ pub(super) mod tests {
     #[test]
     fn the_published_model_takes_what_the_arithmetic_says() {
         let published = TransformerConfig::qwen_image();
-        let forecast = |c| megapixel(&published).forecast(Precision::uniform(DType::BF16), c, false);
+        let (resident, away) = (Placement::default(), Placement { streamed_modulation: true, swapped_blocks: 0 });
+        let forecast = |c| megapixel(&published).forecast(Precision::uniform(DType::BF16), c, resident, true);
         let none = forecast(Checkpointing::None);
         assert!((gigabytes(none.weights) - 40.86).abs() < 0.01);
         assert!((gigabytes(none.adapter) - 0.425).abs() < 0.001);
         assert_eq!(none.optimizer.0, 2 * none.adapter.0);
         assert!((gigabytes(none.activations) - 24.0).abs() < 0.3, "{none}");
         let int8 = Precision::of(BaseDtype::Int8, DType::BF16);
-        let [int8, streamed] = [false, true].map(|s| megapixel(&published).forecast(int8, Checkpointing::Full, s));
+        let [int8, streamed] =
+            [resident, away].map(|p| megapixel(&published).forecast(int8, Checkpointing::Full, p, true));
         // 20.38 of the 20.43 billion are in matrices of blocks: 17/16 bytes each.
         assert!((gigabytes(int8.weights) - 21.75).abs() < 0.01, "{int8}");
         assert!(gigabytes(streamed.total()) < 22.0, "{streamed}");
@@ -257,12 +287,38 @@ pub(super) mod tests {
         let selective = forecast(Checkpointing::Selective);
         assert!(full.total() < selective.total() && selective.total() < none.total());
         // The modulation's 60 x 2 x 6 x 3072 x 3073 parameters leave; a sixteenth comes back as tables.
-        let streamed = megapixel(&published).forecast(Precision::uniform(DType::BF16), Checkpointing::Full, true);
+        let streamed = megapixel(&published).forecast(Precision::uniform(DType::BF16), Checkpointing::Full, away, true);
         assert_eq!(none.weights.0 - streamed.weights.0, 60 * 2 * 6 * 3072 * 3073 * 2);
         assert!((gigabytes(streamed.modulation) - 13.59 / 16.0).abs() < 0.01, "{streamed}");
         let json = serde_json::to_value(&full).unwrap();
-        let parts = json.as_object().unwrap().iter().filter(|(part, _)| *part != "total");
+        let parts = json.as_object().unwrap().iter().filter(|(part, _)| *part != "total" && *part != "host");
         assert_eq!(json["total"].as_u64(), Some(parts.map(|(_, n)| n.as_u64().unwrap()).sum()));
+    }
+
+    /// Of each block 339,738,624 values are in the matrices of its linears (a third of them of the modulation).
+    #[test]
+    fn swapped_blocks_leave_the_gpu_but_for_two_and_wait_in_host_memory() {
+        let published = TransformerConfig::qwen_image();
+        let bf16 = Precision::uniform(DType::BF16);
+        let forecast = |p: Precision, streamed_modulation, swapped_blocks, on_gpu| {
+            let placement = Placement { streamed_modulation, swapped_blocks };
+            megapixel(&published).forecast(p, Checkpointing::Full, placement, on_gpu)
+        };
+        let none = forecast(bf16, false, 0, true);
+        let half = forecast(bf16, false, 30, true);
+        let block = 36 * 3072 * 3072 * 2;
+        assert_eq!((none.host.0, half.host.0), (0, 30 * block));
+        assert_eq!(none.total().0 - half.total().0, 28 * block);
+        assert!(half.to_string().ends_with("; in host memory 20.4 GB"), "{half}");
+        assert!(!none.to_string().contains("host"), "{none}");
+        // Without the modulation there is two thirds as much to swap; in int8 17/32 of that.
+        let streamed = forecast(bf16, true, 30, true);
+        assert_eq!(streamed.host.0, half.host.0 / 3 * 2);
+        let int8 = Precision::of(BaseDtype::Int8, DType::BF16);
+        assert_eq!(forecast(int8, true, 60, true).host.0, streamed.host.0 * 2 / 32 * 17);
+        // On the CPU all of them and the two buffers are in the same memory.
+        let [cpu, swapped] = [0, 30].map(|n| forecast(bf16, false, n, false));
+        assert_eq!((swapped.total().0 - cpu.total().0, swapped.host.0), (2 * block, 0));
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! `training.memory`: choosing how a run works so that it fits, and noticing that it does not.
 
 use crate::config::{
-    BaseDtype, Checkpointing, ComputeDtype, Config, MemoryLimit, MemorySize, ModulationChoice, TrainingMode,
+    BaseDtype, Checkpointing, ComputeDtype, Config, MemoryLimit, MemorySize, ModulationChoice, SwapChoice, TrainingMode,
 };
 use crate::device::memory::{Peak, free};
 use crate::error::{Error, Result};
-use crate::model::transformer::Precision;
+use crate::model::transformer::{Placement, Precision};
 use crate::train::memory::{Budget, Choice, Forecast, Step};
 use crate::train::setup;
 use candle_core::Device;
@@ -16,8 +16,8 @@ pub struct Settled {
     pub precision: Precision,
     /// What the forward pass keeps.
     pub checkpointing: Checkpointing,
-    /// Whether the modulation's weights are left on the disk.
-    pub streamed: bool,
+    /// Which weights are not on the device all the time.
+    pub placement: Placement,
     /// What a step takes.
     pub forecast: Forecast,
     /// What it may take.
@@ -28,7 +28,8 @@ impl Settled {
     /// Decides what the config leaves open and writes it there. The types stay as they are in a run that goes on (`fresh`
     /// false): its weights were trained in them.
     ///
-    /// Errors (usage): nothing that the config allows fits; the system does not tell how much memory is free.
+    /// Errors (usage): nothing that the config allows fits; the system does not tell how much memory is free; weights are
+    /// trained that the config wants elsewhere; a number of blocks that cannot be swapped.
     pub fn settle(config: &mut Config, step: &Step, device: &Device, fresh: bool) -> Result<Self> {
         let on_gpu = !device.is_cpu();
         let limit = match config.training.memory {
@@ -44,11 +45,16 @@ impl Settled {
             )
             .hint("with adapters on the modulation or the time embedding it is `resident`"));
         }
+        let mut swapped_blocks = match config.model.blocks_to_swap {
+            SwapChoice::Auto => 0,
+            SwapChoice::Blocks(n) => check_swapped(n, step)?,
+        };
         if let Some(limit) = limit {
             let budget = Budget::new(config, step, on_gpu, limit);
             let choice =
                 choose(config, &budget, on_gpu, fresh).ok_or_else(|| too_large(config, &budget, on_gpu, fresh))?;
             streamed = choice.modulation == ModulationChoice::Streamed;
+            swapped_blocks = choice.blocks_to_swap;
             let training = &mut config.training;
             training.checkpointing = choice.checkpointing.into();
             if training.dtype.resolve(on_gpu) != choice.dtype.resolve(on_gpu) {
@@ -61,8 +67,9 @@ impl Settled {
         let precision = setup::precision(config, on_gpu)?;
         // Open only in a dry run for another machine.
         let checkpointing = config.training.checkpointing.policy().unwrap_or(Checkpointing::Full);
-        let forecast = step.forecast(precision, checkpointing, streamed);
-        Ok(Self { precision, checkpointing, streamed, forecast, limit })
+        let placement = Placement { streamed_modulation: streamed, swapped_blocks };
+        let forecast = step.forecast(precision, checkpointing, placement, on_gpu);
+        Ok(Self { precision, checkpointing, placement, forecast, limit })
     }
 
     /// One line for the user; none without a limit.
@@ -70,15 +77,39 @@ impl Settled {
         let (precision, policy) = (self.precision, self.checkpointing.as_str());
         let modulation = self.modulation().as_str();
         let limit = self.limit?;
+        let swapped = match self.placement.swapped_blocks {
+            0 => String::new(),
+            n => format!(", {n} blocks swapped"),
+        };
         Some(format!(
-            "within the {limit} that the run may take: {precision}, checkpointing {policy}, modulation {modulation}"
+            "within the {limit} that the run may take: {precision}, checkpointing {policy}, modulation \
+             {modulation}{swapped}"
         ))
     }
 
     /// `model.modulation`, decided.
     pub fn modulation(&self) -> ModulationChoice {
-        if self.streamed { ModulationChoice::Streamed } else { ModulationChoice::Resident }
+        ModulationChoice::of(self.placement.streamed_modulation)
     }
+}
+
+/// `model.blocks_to_swap`, if the model can do that.
+fn check_swapped(blocks: usize, step: &Step) -> Result<usize> {
+    let (least, all) = (Placement::LEAST_SWAPPED, step.transformer.num_layers);
+    if blocks > 0 && step.mode == TrainingMode::Full {
+        return Err(Error::usage(
+            "`model.blocks_to_swap` is for `training.mode: lora`: what waits in host memory is frozen",
+        )
+        .expected(0, blocks));
+    }
+    if blocks > 0 && !(least..=all).contains(&blocks) {
+        let expected = if all < least { "0".into() } else { format!("0, or from {least} to {all}") };
+        let error = Error::usage("`model.blocks_to_swap` is a number of blocks that cannot be swapped");
+        return Err(error
+            .detail("two of them are on the device at any time, so that swapping two or fewer saves nothing")
+            .expected(expected, blocks));
+    }
+    Ok(blocks)
 }
 
 /// The first way that fits and that the config allows.
@@ -118,8 +149,12 @@ fn too_large(config: &Config, budget: &Budget, on_gpu: bool, fresh: bool) -> Err
     match budget.choices.iter().filter(open).find(|c| c.fits) {
         Some(c) => {
             let base = if is_own_base(config, c) { "" } else { "--set model.dtype=int8 " };
+            let swap = match c.blocks_to_swap {
+                0 => String::new(),
+                n => format!(" --set model.blocks_to_swap={n}"),
+            };
             error.hint(format!(
-                "`{base}--set training.dtype={} --set training.checkpointing={} --set model.modulation={}` fits",
+                "`{base}--set training.dtype={} --set training.checkpointing={} --set model.modulation={}{swap}` fits",
                 c.dtype.as_str(),
                 c.checkpointing.as_str(),
                 c.modulation.as_str()

@@ -6,6 +6,7 @@
 mod cases;
 mod model;
 mod optimizer;
+mod swap;
 mod table;
 
 pub use table::{Row, Table};
@@ -67,6 +68,8 @@ pub fn run(device: &Device, sizes: Sizes, mut started: impl FnMut(&str)) -> Resu
     rows.extend(optimizer::check(device, sizes)?);
     started("model");
     rows.extend(model::check(device, sizes)?);
+    started("swapped blocks");
+    rows.extend(swap::check(device, sizes)?);
     Ok(Table { rows })
 }
 

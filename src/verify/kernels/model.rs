@@ -23,8 +23,8 @@ const STEPS: usize = 10;
 type Weights = BTreeMap<String, Value>;
 
 /// Two blocks with heads of the published width.
-struct Small {
-    config: TransformerConfig,
+pub(super) struct Small {
+    pub(super) config: TransformerConfig,
     side: usize,
     text_tokens: usize,
     batch: usize,
@@ -32,7 +32,7 @@ struct Small {
 }
 
 impl Small {
-    fn new(sizes: Sizes) -> Self {
+    pub(super) fn new(sizes: Sizes) -> Self {
         let published = TransformerConfig { num_layers: 2, ..TransformerConfig::qwen_image() };
         match sizes {
             Sizes::Small => {
@@ -45,11 +45,11 @@ impl Small {
 }
 
 /// What training gave.
-struct Trained {
+pub(super) struct Trained {
     names: Vec<String>,
-    losses: Vec<f64>,
+    pub(super) losses: Vec<f64>,
     /// Of the first step.
-    gradients: Vec<Option<Vec<f32>>>,
+    pub(super) gradients: Vec<Option<Vec<f32>>>,
 }
 
 pub(super) fn check(device: &Device, sizes: Sizes) -> Result<Vec<Row>> {
@@ -112,8 +112,12 @@ impl Small {
     fn train(&self, weights: &Weights, device: &Device, precision: Precision) -> Result<Trained> {
         let weight =
             |name: &str, _: &[usize]| Ok(weights[name].tensor().to_dtype(precision.weights)?.to_device(device)?);
-        let mut model =
-            QwenImageTransformer::build(self.config.clone(), precision, device, BaseWeights::Frozen, weight)?;
+        let model = QwenImageTransformer::build(self.config.clone(), precision, device, BaseWeights::Frozen, weight)?;
+        self.steps(model, Checkpointing::None)
+    }
+
+    /// Trains a network of these dimensions.
+    pub(super) fn steps(&self, mut model: QwenImageTransformer, checkpointing: Checkpointing) -> Result<Trained> {
         let entries = ["qkv", "mlp", "fusion", "modulation", "entry"];
         let entries = entries.map(|name| TargetEntry { pattern: name.into(), rank: None, alpha: None });
         let scaling = LoraScaling { rank: self.rank, alpha: 2.0 * self.rank as f64, rslora: false };
@@ -128,7 +132,7 @@ impl Small {
         let mut optimizer = AdamW::new(AdamWOptions { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 });
         let mut trained = Trained { names: trainable.names().to_vec(), losses: Vec::new(), gradients: Vec::new() };
         for step in 0..STEPS {
-            let (loss, mut gradients) = forward_backward(&model, &self.batch(step)?, Checkpointing::None)?;
+            let (loss, mut gradients) = forward_backward(&model, &self.batch(step)?, checkpointing)?;
             let mut gradients = trainable.take_gradients(&mut gradients);
             if step == 0 {
                 let flat = |t: &Tensor| t.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
