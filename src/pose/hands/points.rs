@@ -62,7 +62,7 @@ struct Block {
 /// What the network says of a crop.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HandPoints {
-    /// Columns and rows of the points in pixels of a crop of [`SIDE`].
+    /// Columns and rows of the points in pixels of the crop, which has 224 x 224.
     pub points: Vec<[f32; 2]>,
     /// How sure it is of a hand.
     pub presence: f32,
