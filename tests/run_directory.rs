@@ -261,8 +261,12 @@ fn a_dry_run_reports_and_writes_nothing() {
     assert!(!place.path("runs").exists());
 
     let fits = place.train_ok(&["--dry-run", "--memory", "24GB"]);
-    assert_says(&stdout(&fits), &["in 24.0 GB", "fits           f32   f32    none           resident    "]);
-    let json = place.train_ok(&["--dry-run", "--memory", "1.5MB", "--json"]);
+    assert_says(
+        &stdout(&fits),
+        &["in 21.6 GB", "nine tenths", "fits           f32   f32    none           resident    "],
+    );
+    assert_says(&stdout(&fits), &["runs        in bf16"]);
+    let json = place.train_ok(&["--dry-run", "--memory", "1.5MB", "--set", "device=cpu", "--json"]);
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     let (memory, budget) = (&json["found"]["memory_bytes"], &json["found"]["budget"]);
     // A parameter of the tiny model is an f32; the recipe checkpoints fully.
@@ -274,8 +278,8 @@ fn a_dry_run_reports_and_writes_nothing() {
     let full = choices.iter().find(|c| ways(c) == ["f32", "f32", "full", "resident"]).unwrap();
     assert_eq!(full["total_bytes"], memory["total"]);
     assert_eq!(json["found"]["base"], "f32");
-    assert_eq!((&budget["available_bytes"], choices.len()), (&1_500_000.into(), 24));
-    assert!(choices.iter().all(|c| c["fits"] == (c["total_bytes"].as_u64() <= Some(1_500_000))));
+    assert_eq!((&budget["available_bytes"], choices.len()), (&1_350_000.into(), 24));
+    assert!(choices.iter().all(|c| c["fits"] == (c["total_bytes"].as_u64() <= Some(1_350_000))));
 }
 
 /// Counted are 3.6, 3.3 and 3.0 MB with checkpointing none, selective and full; the process itself takes more than that.

@@ -1,42 +1,21 @@
 //! Blocks that wait in host memory compute what they compute on the device, bit for bit: here on the CPU, where the copies
 //! are made on the spot.
 
+mod model_common;
 mod train_common;
 
-use candle_core::{DType, Device, Tensor};
-use qwen_lora::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
+use candle_core::{DType, Device};
+use model_common::{adapter, randn, small_transformer, values};
 use qwen_lora::config::BaseDtype;
 use qwen_lora::kernels::route::composed_only;
-use qwen_lora::model::transformer::{Checkpointing, Placement, Precision, QwenImageTransformer, TransformerConfig};
-use qwen_lora::rng::{Purpose, Stream};
+use qwen_lora::model::transformer::{Checkpointing, Placement, Precision, QwenImageTransformer};
 use qwen_lora::train::step::{NoisyBatch, evaluate, forward_backward};
 use qwen_lora::train::trainable::Trainable;
 use std::path::PathBuf;
-use train_common::{Workplace, assert_says, stderr, the_error};
+use train_common::{Workplace, assert_says, stderr, stdout, the_error};
 
 const BLOCKS: usize = 5;
 const CHECKPOINTING: [Checkpointing; 3] = [Checkpointing::None, Checkpointing::Selective, Checkpointing::Full];
-
-fn config() -> TransformerConfig {
-    TransformerConfig {
-        patch_size: 2,
-        in_channels: 64,
-        out_channels: 16,
-        num_layers: BLOCKS,
-        attention_head_dim: 12,
-        num_attention_heads: 2,
-        joint_attention_dim: 20,
-        axes_dims_rope: [4, 4, 4],
-        zero_cond_t: false,
-        use_additional_t_cond: false,
-        use_layer3d_rope: false,
-    }
-}
-
-fn randn(item: u64, shape: &[usize]) -> Tensor {
-    let n = shape.iter().product();
-    Tensor::from_vec(Stream::new(2, 0, item, Purpose::Bench).normals(n, 1.0), shape, &Device::Cpu).unwrap()
-}
 
 fn batch(i: u64) -> NoisyBatch {
     let (latents, noise, text) =
@@ -45,23 +24,12 @@ fn batch(i: u64) -> NoisyBatch {
     NoisyBatch::mix(&latents, &noise, text, vec![4, 6], sigmas, vec![1.0; 2], vec![(1, 3, 5)]).unwrap()
 }
 
-fn values(t: &Tensor) -> Vec<f32> {
-    t.flatten_all().unwrap().to_vec1().unwrap()
-}
-
 /// A network with an adapter whose B is not zero, and the number of its weights that are on the device as floats.
 fn network(precision: Precision, placement: Placement, targets: &[&str]) -> (QwenImageTransformer, Trainable, usize) {
-    let mut model = QwenImageTransformer::random_placed(config(), 1, precision, &Device::Cpu, placement).unwrap();
+    let config = small_transformer(BLOCKS);
+    let mut model = QwenImageTransformer::random_placed(config.clone(), 1, precision, &Device::Cpu, placement).unwrap();
     let floats = model.parameters().len();
-    let entry = |name: &&str| TargetEntry { pattern: name.to_string(), rank: None, alpha: None };
-    let entries: Vec<_> = targets.iter().map(entry).collect();
-    let scaling = LoraScaling { rank: 3, alpha: 4.5, rslora: false };
-    let targets = resolve_targets(&config().modules(), &entries, scaling).unwrap();
-    let mut adapter = LoraAdapter::init(&targets, Init::Gaussian, 5, &Device::Cpu).unwrap();
-    for (i, module) in adapter.modules.values_mut().enumerate() {
-        module.b = (randn(100 + i as u64, module.b.dims()) * 0.2).unwrap();
-    }
-    let trainable = Trainable::attach(&mut model, &adapter).unwrap();
+    let trainable = Trainable::attach(&mut model, &adapter(&config, targets)).unwrap();
     (model, trainable, floats)
 }
 
@@ -165,6 +133,13 @@ fn a_number_of_blocks_that_cannot_be_swapped_is_refused_before_anything_is_writt
     let table =
         place.train(&[&args[..], &["--dry-run", "--memory", "24GB", "--set", "model.blocks_to_swap=9"]].concat());
     assert_says(&the_error(&table, 2), &["0, or from 3 to 4"]);
+    // A size is that of a card, whether this machine has one or not; of a CPU only if the config says so.
+    let planned = |device: &str| {
+        let device = format!("device={device}");
+        let args = [&args[..], &["--dry-run", "--memory", "1MB", "--set", &device]].concat();
+        stdout(&place.train_ok(&args)).matches(", in host memory").count()
+    };
+    assert_eq!(["auto", "cuda:3", "cpu"].map(planned), [4, 4, 0]);
     assert_says(&refused(&["model.blocks_to_swap=3", "training.mode=full"]), &["what waits in host memory is frozen"]);
     assert_says(&refused(&["model.blocks_to_swap=-1"]), &["`auto` or a whole number of 0 or more"]);
     assert!(!place.path("runs").exists());

@@ -1,13 +1,15 @@
 //! What must hold of the transformer whatever its weights: batches, recompute, merging, which gradients exist.
 
+mod model_common;
+
 use candle_core::{DType, Device, Tensor};
-use qwen_lora::adapters::{Init, LoraAdapter, LoraScaling, TargetEntry, resolve_targets};
+use model_common::{randn, small_transformer, values};
+use qwen_lora::adapters::LoraAdapter;
 use qwen_lora::kernels::route::composed_only;
 use qwen_lora::kernels::{cpu, no_grad};
 use qwen_lora::model::transformer::{
     BaseWeights, Checkpointing, Inputs, Precision, QwenImageTransformer, TransformerConfig,
 };
-use qwen_lora::rng::{Purpose, Stream};
 use qwen_lora::train::step::{NoisyBatch, evaluate, forward_backward};
 use qwen_lora::train::trainable::Trainable;
 
@@ -15,28 +17,11 @@ const TEXT: usize = 6;
 const GRID: (usize, usize) = (3, 5);
 
 fn config() -> TransformerConfig {
-    TransformerConfig {
-        patch_size: 2,
-        in_channels: 64,
-        out_channels: 16,
-        num_layers: 3,
-        attention_head_dim: 12,
-        num_attention_heads: 2,
-        joint_attention_dim: 20,
-        axes_dims_rope: [4, 4, 4],
-        zero_cond_t: false,
-        use_additional_t_cond: false,
-        use_layer3d_rope: false,
-    }
+    small_transformer(3)
 }
 
 fn model(base: BaseWeights) -> QwenImageTransformer {
     QwenImageTransformer::random(config(), 1, Precision::uniform(DType::F32), &Device::Cpu, base).unwrap()
-}
-
-fn randn(item: u64, shape: &[usize]) -> Tensor {
-    let n = shape.iter().product();
-    Tensor::from_vec(Stream::new(2, 0, item, Purpose::Bench).normals(n, 1.0), shape, &Device::Cpu).unwrap()
 }
 
 /// Samples `first..first + lengths.len()` of one set, so that batches of different sizes hold the same samples.
@@ -52,24 +37,11 @@ fn batch(first: usize, lengths: &[usize], text_tokens: usize) -> NoisyBatch {
     NoisyBatch::mix(&latents, &noise, text, lengths.to_vec(), sigmas, vec![1.0; lengths.len()], shapes).unwrap()
 }
 
-/// An adapter on `names` whose B is not zero and whose alpha is not its rank.
 fn adapter(names: &[&str]) -> LoraAdapter {
-    let entry = |name: &&str| TargetEntry { pattern: name.to_string(), rank: None, alpha: None };
-    let entries: Vec<_> = names.iter().map(entry).collect();
-    let scaling = LoraScaling { rank: 3, alpha: 4.5, rslora: false };
-    let targets = resolve_targets(&config().modules(), &entries, scaling).unwrap();
-    let mut adapter = LoraAdapter::init(&targets, Init::Gaussian, 5, &Device::Cpu).unwrap();
-    for (i, module) in adapter.modules.values_mut().enumerate() {
-        module.b = (randn(100 + i as u64, module.b.dims()) * 0.2).unwrap();
-    }
-    adapter
+    model_common::adapter(&config(), names)
 }
 
 const ALL: [&str; 5] = ["qkv", "mlp", "fusion", "modulation", "entry"];
-
-fn values(t: &Tensor) -> Vec<f32> {
-    t.flatten_all().unwrap().to_vec1().unwrap()
-}
 
 fn gradients(
     model: &QwenImageTransformer,

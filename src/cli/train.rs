@@ -24,8 +24,9 @@ pub struct TrainArgs {
     /// Check config, images and model, say what would be trained, and stop.
     #[arg(long)]
     dry_run: bool,
-    /// With --dry-run: which types, `training.checkpointing` and `model.modulation` fit into so much memory, such as 24GB or
-    /// 16GiB.
+    /// With --dry-run: which types, `training.checkpointing`, `model.modulation` and `model.blocks_to_swap` fit into a GPU with so
+    /// much memory, such as 24GB or 16GiB, whether there is one here or not; with `device: cpu` into a machine with so much. A tenth
+    /// is left for what is not counted.
     #[arg(long, value_name = "SIZE", requires = "dry_run")]
     memory: Option<MemorySize>,
     #[command(flatten)]

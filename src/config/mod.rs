@@ -170,7 +170,8 @@ impl Config {
         Ok(())
     }
 
-    /// Fails if the config asks for what this version cannot do. Called before training; reading a config does not.
+    /// Fails if the config asks for what this build cannot do. Reading a config does not, nor is it asked where a run is planned
+    /// for another machine.
     pub fn check_supported(&self) -> Result<()> {
         if matches!(self.device, DeviceChoice::Cuda(_)) && cfg!(not(feature = "cuda")) {
             return Err(crate::device::no_cuda(self.device));

@@ -278,6 +278,10 @@ impl fmt::Display for DryRun {
         writeln!(f, "runs        in {precision}, checkpointing {policy}, modulation {modulation}{swapped}{limit}")?;
         writeln!(f, "memory      {}", self.memory)?;
         if let Some(budget) = &self.budget {
+            writeln!(
+                f,
+                "            What fits into nine tenths of the memory asked about; the rest is for what is not counted:"
+            )?;
             budget.to_string().lines().try_for_each(|line| writeln!(f, "            {line}"))?;
             if !budget.choices.iter().any(|c| c.fits) {
                 writeln!(f, "            nothing fits: {}", Budget::ADVICE)?;

@@ -2,7 +2,7 @@
 //! and most of it before anything is written.
 
 use crate::cache::encode::{CacheRequest, fill_caches};
-use crate::config::{Checkpointing, Config, Filter};
+use crate::config::{Checkpointing, Config, DeviceChoice, Filter};
 use crate::data::{LeftOut, Loader, Plan};
 use crate::device;
 use crate::error::Result;
@@ -15,7 +15,7 @@ use crate::report::Page;
 use crate::train::batches::{Batches, TrainBatch};
 use crate::train::held_out::HeldOut;
 use crate::train::interrupt;
-use crate::train::memory::{Budget, Settled, Step, Watch};
+use crate::train::memory::{Budget, Machine, Settled, Step, Watch, most_of};
 use crate::train::metrics::MetricsFile;
 use crate::train::outcome::{DryRun, Outcome, Report};
 use crate::train::preview::{self, Previews};
@@ -71,15 +71,16 @@ impl Run {
     ///
     /// Errors: those of [`train`](crate::train::run::train).
     pub fn prepare(config: &Config, options: Options) -> Result<Prepared> {
-        config.check_supported()?;
-        let compute = device::open(config.device)?;
-        let on_gpu = !compute.device.is_cpu();
-        setup::precision(config, on_gpu)?;
+        // With a size, a dry run is about a card of that size, which need not be in this machine.
+        let asked =
+            options.memory.map(|_| Machine::Another { on_gpu: config.device != DeviceChoice::Cpu, can_pin: None });
+        let compute = device::open(if asked.is_some() { DeviceChoice::Cpu } else { config.device })?;
+        let machine = asked.unwrap_or(Machine::This(&compute.device));
+        setup::precision(config, machine.on_gpu())?;
         let dir = RunDir::new(&config.output);
         let mut config = config.clone();
         let start = Start::decide(&dir, &mut config, options.resume)?;
-        if options.memory.is_some() {
-            // The question is about another memory than this machine's.
+        if asked.is_some() {
             config.training.memory = None;
         }
         let data = RunData::open(&config, options)?;
@@ -95,8 +96,8 @@ impl Run {
         let course = Course::new(&config, &transformer, &data.plans)?;
         let text_tokens = setup::longest_prompt(&config, &data.dataset, &pipeline)?;
         let step = Step::of(&config, &data, &transformer, text_tokens)?;
-        let settled = Settled::settle(&mut config, &step, &compute.device, matches!(start, Start::Fresh))?;
-        let budget = options.memory.map(|available| Budget::new(&config, &step, on_gpu, available));
+        let settled = Settled::settle(&mut config, &step, &machine, matches!(start, Start::Fresh))?;
+        let budget = options.memory.map(|available| Budget::new(&config, &step, &machine, most_of(available)));
         let config = &config;
         let dry_run = DryRun::new(config, &data, &course, &step, &settled, budget)?;
         if options.dry_run {

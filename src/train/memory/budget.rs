@@ -4,7 +4,7 @@ use crate::config::{
     BaseDtype, Checkpointing, ComputeDtype, Config, MemorySize, ModulationChoice, SwapChoice, TrainingMode,
 };
 use crate::model::transformer::{Placement, Precision};
-use crate::train::memory::Step;
+use crate::train::memory::{Machine, Step};
 use crate::train::setup;
 use serde::Serialize;
 use std::fmt;
@@ -26,14 +26,17 @@ pub struct Choice {
     /// Peak of a step.
     #[serde(rename = "total_bytes")]
     pub total: MemorySize,
-    /// Whether it stays within the given memory.
+    /// Blocks that wait in the memory of the machine, beside that.
+    #[serde(rename = "host_bytes")]
+    pub host: MemorySize,
+    /// Whether it stays within the given memory, and the machine can hold the blocks.
     pub fits: bool,
 }
 
 /// Every way to run, the most exact types and the fastest policy first: int8 weights come after all floats.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Budget {
-    /// What there is.
+    /// What a run may take.
     #[serde(rename = "available_bytes")]
     pub available: MemorySize,
     /// The ways.
@@ -45,12 +48,13 @@ impl Budget {
     pub const ADVICE: &str = "a smaller `data.resolution`, `training.batch_size` or `lora.rank` takes less";
 
     /// The ways to run `step` with the base as `model.dtype` of the config has it, and, where an adapter is trained, with one
-    /// in int8, held against `available`.
+    /// in int8, held against `available` and, for blocks that wait, against the memory of the machine.
     ///
     /// Blocks are swapped where the config says how many, in each way; where it leaves that open, on a GPU, and beside full
     /// recompute alone: up to half of them before less exact types, more of them after all types.
-    pub fn new(config: &Config, step: &Step, on_gpu: bool, available: MemorySize) -> Self {
-        let ways = Ways { step, on_gpu, available };
+    pub fn new(config: &Config, step: &Step, machine: &Machine, available: MemorySize) -> Self {
+        let on_gpu = machine.on_gpu();
+        let ways = Ways { step, on_gpu, available, host: machine.can_pin() };
         let own = config.model.dtype;
         let mut bases = vec![own];
         if own != BaseDtype::Int8 && step.mode == TrainingMode::Lora {
@@ -99,6 +103,8 @@ struct Ways<'a> {
     step: &'a Step<'a>,
     on_gpu: bool,
     available: MemorySize,
+    /// `None` if it is not known.
+    host: Option<MemorySize>,
 }
 
 impl Ways<'_> {
@@ -108,7 +114,8 @@ impl Ways<'_> {
         checkpointing: Checkpointing,
         placement: Placement,
     ) -> Choice {
-        let total = self.step.forecast(precision, checkpointing, placement, self.on_gpu).total();
+        let forecast = self.step.forecast(precision, checkpointing, placement, self.on_gpu);
+        let (total, host) = (forecast.total(), forecast.host);
         Choice {
             base: precision.base(),
             dtype,
@@ -116,7 +123,8 @@ impl Ways<'_> {
             modulation: ModulationChoice::of(placement.streamed_modulation),
             blocks_to_swap: placement.swapped_blocks,
             total,
-            fits: total <= self.available,
+            host,
+            fits: total <= self.available && self.host.is_none_or(|free| host <= free),
         }
     }
 
@@ -127,7 +135,7 @@ impl Ways<'_> {
             self.choice(types, Checkpointing::Full, placement)
         });
         let mut last = choices.next().expect("the caller has looked");
-        while !last.fits
+        while last.total > self.available
             && let Some(more) = choices.next()
         {
             last = more;
@@ -141,7 +149,11 @@ impl fmt::Display for Budget {
         let head = format!("in {}", self.available);
         write!(f, "{head:<14} base  dtype  checkpointing  modulation  swapped  takes")?;
         for c in &self.choices {
-            let verdict = if c.fits { "fits" } else { "too large" };
+            let verdict = match c.fits {
+                true => "fits",
+                false if c.total > self.available => "too large",
+                false => "host too small",
+            };
             let (base, dtype) = (c.base.as_str(), c.dtype.as_str());
             let (policy, modulation) = (c.checkpointing.as_str(), c.modulation.as_str());
             write!(
@@ -149,6 +161,9 @@ impl fmt::Display for Budget {
                 "\n{verdict:<14} {base:<5} {dtype:<6} {policy:<14} {modulation:<11} {:<8} {}",
                 c.blocks_to_swap, c.total
             )?;
+            if c.host.0 > 0 {
+                write!(f, ", in host memory {}", c.host)?;
+            }
         }
         Ok(())
     }
@@ -160,6 +175,9 @@ mod tests {
     use crate::model::transformer::TransformerConfig;
     use crate::train::memory::forecast::tests::megapixel;
 
+    const GPU: Machine = Machine::Another { on_gpu: true, can_pin: None };
+    const CPU: Machine = Machine::Another { on_gpu: false, can_pin: None };
+
     fn config(more: &str) -> Config {
         let text = format!("{{data: {{path: p}}, {more}}}");
         Config::parse(&text, "c.yaml".as_ref(), &[]).unwrap()
@@ -169,7 +187,7 @@ mod tests {
     fn in_48_gb_the_published_model_trains_in_bf16_and_in_24_gb_its_weights_are_in_int8() {
         let published = TransformerConfig::qwen_image();
         let budget =
-            |more: &str, size: &str| Budget::new(&config(more), &megapixel(&published), true, size.parse().unwrap());
+            |more: &str, size: &str| Budget::new(&config(more), &megapixel(&published), &GPU, size.parse().unwrap());
         let fitting = |more: &str, size: &str| {
             let fitting = budget(more, size).choices.into_iter().filter(|c| c.fits && c.dtype == ComputeDtype::Bf16);
             fitting.map(|c| (c.base, c.checkpointing, c.modulation, c.blocks_to_swap)).collect::<Vec<_>>()
@@ -197,11 +215,11 @@ mod tests {
     #[test]
     fn half_of_the_blocks_are_swapped_before_the_types_get_narrower_and_more_of_them_at_the_very_end() {
         let published = TransformerConfig::qwen_image();
-        let choices = |more: &str, size: &str, on_gpu: bool| {
-            Budget::new(&config(more), &megapixel(&published), on_gpu, size.parse().unwrap()).choices
+        let choices = |more: &str, size: &str, machine: &Machine| {
+            Budget::new(&config(more), &megapixel(&published), machine, size.parse().unwrap()).choices
         };
         let swaps = |size: &str| {
-            let swapped = choices("model: m", size, true).into_iter().filter(|c| c.blocks_to_swap > 0);
+            let swapped = choices("model: m", size, &GPU).into_iter().filter(|c| c.blocks_to_swap > 0);
             swapped.map(|c| (c.base.as_str(), c.dtype.as_str(), c.blocks_to_swap, c.fits)).collect::<Vec<_>>()
         };
         // The fewest that fit; where none do, as many as there are at this place.
@@ -211,7 +229,7 @@ mod tests {
         assert!((bf16.0, bf16.1, bf16.3) == ("bf16", "bf16", true) && (3..=30).contains(&bf16.2), "{swapped:?}");
         assert_eq!((swapped[0].2, swapped[0].3, swapped[4].0), (30, false, "f32"), "{swapped:?}");
         let places = |size: &str| -> Vec<usize> {
-            let choices = choices("model: m", size, true);
+            let choices = choices("model: m", size, &GPU);
             (0..choices.len()).filter(|i| choices[*i].blocks_to_swap > 0).collect()
         };
         assert_eq!(places("24GB"), [6, 13, 20, 27, 28, 29, 30, 31]);
@@ -224,9 +242,28 @@ mod tests {
         let fits: Vec<_> = swapped.iter().filter(|s| s.1 == "bf16" && s.3).map(|s| (s.0, s.1, s.2 > 30)).collect();
         assert_eq!(fits, [("int8", "bf16", false), ("bf16", "bf16", true), ("int8", "bf16", true)], "{swapped:?}");
         // What the config says holds in each way; on the CPU nothing is won.
-        let eight = choices("model: {path: m, blocks_to_swap: 8}", "24GB", true);
+        let eight = choices("model: {path: m, blocks_to_swap: 8}", "24GB", &GPU);
         assert!(eight.iter().all(|c| c.blocks_to_swap == 8) && eight.len() == 24);
-        assert!(choices("model: m", "24GB", false).iter().all(|c| c.blocks_to_swap == 0));
+        assert!(choices("model: m", "24GB", &CPU).iter().all(|c| c.blocks_to_swap == 0));
+    }
+
+    #[test]
+    fn blocks_wait_only_in_a_machine_that_has_the_memory() {
+        let published = TransformerConfig::qwen_image();
+        let budget = |can_pin: &str| {
+            let machine = Machine::Another { on_gpu: true, can_pin: Some(can_pin.parse().unwrap()) };
+            Budget::new(&config("model: m"), &megapixel(&published), &machine, "24GB".parse().unwrap())
+        };
+        let swapped = |budget: &Budget| -> Vec<Choice> {
+            budget.choices.iter().filter(|c| c.blocks_to_swap > 0 && c.base == BaseDtype::Bf16).copied().collect()
+        };
+        let (large, small) = (budget("32GB"), budget("4GB"));
+        assert!(swapped(&large).iter().any(|c| c.fits && c.host.0 > 4_000_000_000), "{large}");
+        assert!(swapped(&small).iter().all(|c| !c.fits), "{small}");
+        // More would fit into less memory of the GPU, but not into the machine: what is shown is the smallest that the GPU takes.
+        assert!(small.to_string().contains("\nhost too small bf16  bf16"), "{small}");
+        assert!(large.to_string().contains(", in host memory "), "{large}");
+        assert!(small.choices.iter().any(|c| c.fits && c.base == BaseDtype::Int8), "{small}");
     }
 
     #[test]
@@ -234,7 +271,7 @@ mod tests {
         let published = TransformerConfig::qwen_image();
         let full = config("model: m, training: {mode: full}");
         let step = Step { mode: TrainingMode::Full, ..megapixel(&published) };
-        let budget = Budget::new(&full, &step, false, MemorySize(1 << 40));
+        let budget = Budget::new(&full, &step, &CPU, MemorySize(1 << 40));
         assert!(budget.choices.iter().all(|c| c.base == BaseDtype::F32 && c.dtype == ComputeDtype::F32));
         assert_eq!(budget.choices.len(), 6);
     }

@@ -3,10 +3,10 @@
 use crate::config::{
     BaseDtype, Checkpointing, ComputeDtype, Config, MemoryLimit, MemorySize, ModulationChoice, SwapChoice, TrainingMode,
 };
-use crate::device::memory::{Peak, free};
+use crate::device::memory::Peak;
 use crate::error::{Error, Result};
 use crate::model::transformer::{Placement, Precision};
-use crate::train::memory::{Budget, Choice, Forecast, Step};
+use crate::train::memory::{Budget, Choice, Forecast, Machine, Step};
 use crate::train::setup;
 use candle_core::Device;
 
@@ -29,14 +29,13 @@ impl Settled {
     /// false): its weights were trained in them.
     ///
     /// Errors (usage): nothing that the config allows fits; the system does not tell how much memory is free; weights are
-    /// trained that the config wants elsewhere; a number of blocks that cannot be swapped.
-    pub fn settle(config: &mut Config, step: &Step, device: &Device, fresh: bool) -> Result<Self> {
-        let on_gpu = !device.is_cpu();
+    /// trained that the config wants elsewhere; a number of blocks that cannot be swapped, or that the machine cannot hold.
+    pub fn settle(config: &mut Config, step: &Step, machine: &Machine, fresh: bool) -> Result<Self> {
+        let on_gpu = machine.on_gpu();
         let limit = match config.training.memory {
             None => None,
             Some(MemoryLimit::Size(size)) => Some(size),
-            // The rest is for what the forecast does not count.
-            Some(MemoryLimit::Auto) => Some(MemorySize(free(device)? / 10 * 9)),
+            Some(MemoryLimit::Auto) => Some(machine.free()?),
         };
         let mut streamed = config.model.modulation == ModulationChoice::Streamed;
         if streamed && step.shape.trains_modulation {
@@ -50,7 +49,7 @@ impl Settled {
             SwapChoice::Blocks(n) => check_swapped(n, step)?,
         };
         if let Some(limit) = limit {
-            let budget = Budget::new(config, step, on_gpu, limit);
+            let budget = Budget::new(config, step, machine, limit);
             let choice =
                 choose(config, &budget, on_gpu, fresh).ok_or_else(|| too_large(config, &budget, on_gpu, fresh))?;
             streamed = choice.modulation == ModulationChoice::Streamed;
@@ -69,6 +68,11 @@ impl Settled {
         let checkpointing = config.training.checkpointing.policy().unwrap_or(Checkpointing::Full);
         let placement = Placement { streamed_modulation: streamed, swapped_blocks };
         let forecast = step.forecast(precision, checkpointing, placement, on_gpu);
+        if let Some(free) = machine.can_pin().filter(|free| forecast.host > *free) {
+            return Err(Error::usage("the machine has not the memory for so many `model.blocks_to_swap`")
+                .expected(format!("at most {free}, nine tenths of what is free"), forecast.host)
+                .hint("swap fewer blocks, hold them in int8 (`model.dtype: int8`), or leave it to `training.memory: auto`"));
+        }
         Ok(Self { precision, checkpointing, placement, forecast, limit })
     }
 
@@ -201,5 +205,27 @@ impl Watch {
                 .expected(format!("at most {limit}"), held)
                 .hint(format!("continue with `--resume auto` and a larger `training.memory`, {less}")),
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::transformer::TransformerConfig;
+    use crate::train::memory::forecast::tests::megapixel;
+
+    #[test]
+    fn more_blocks_than_the_machine_can_hold_are_refused() {
+        let published = TransformerConfig::qwen_image();
+        let settle = |can_pin: Option<&str>| {
+            let text = "{data: {path: p}, model: {path: m, blocks_to_swap: 30}}";
+            let mut config = Config::parse(text, "c.yaml".as_ref(), &[]).unwrap();
+            let can_pin = can_pin.map(|size| size.parse().unwrap());
+            Settled::settle(&mut config, &megapixel(&published), &Machine::Another { on_gpu: true, can_pin }, true)
+        };
+        let host = settle(None).unwrap().forecast.host;
+        assert_eq!(settle(Some("32GB")).unwrap().forecast.host, host);
+        let error = settle(Some("16GB")).err().expect("30 blocks take 20.4 GB").to_string();
+        assert!(error.contains("at most 16.0 GB") && error.contains("found 20.4 GB"), "{error}");
     }
 }

@@ -70,15 +70,9 @@ pub(super) fn check(device: &Device, sizes: Sizes) -> Result<Vec<Row>> {
 }
 
 fn compare(small: &Small, how: &str, reference: &Trained, found: &Trained) -> Vec<Row> {
-    let row = |tensor: &str, error: f64, limit: f64, note: String| Row {
-        op: format!("{STEPS} steps of 2x{}x128, {how}", small.config.num_attention_heads),
-        tensor: tensor.into(),
-        error,
-        limit,
-        ok: error <= limit,
-        note,
-        seconds: None,
-        composed_seconds: None,
+    let row = |tensor: &str, error: f64, limit: f64, note: String| {
+        let op = format!("{STEPS} steps of 2x{}x128, {how}", small.config.num_attention_heads);
+        Row { note, ..Row::new(op, tensor, error, limit) }
     };
     let off = found.losses.iter().zip(&reference.losses).map(|(a, b)| (a / b - 1.0).abs());
     let off = off.fold(0.0, |worst, x| if x > worst || !x.is_finite() { x } else { worst });

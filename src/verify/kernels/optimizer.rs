@@ -44,15 +44,10 @@ pub(super) fn check(device: &Device, sizes: Sizes) -> Result<Vec<Row>> {
     for (a, b) in there.params.iter().zip(&here.params) {
         weights = weights.max(distance(&a.tensor, &b.tensor)?);
     }
-    let row = |tensor: &str, error: f64| Row {
-        op: format!("clipping + AdamW, {} tensors", shapes.len()),
-        tensor: tensor.into(),
-        error,
-        limit: LIMIT,
-        ok: error <= LIMIT && !missing,
-        note: if missing { "no kernel was launched".into() } else { String::new() },
-        seconds: None,
-        composed_seconds: None,
+    let row = |tensor: &str, error: f64| {
+        let row = Row::new(format!("clipping + AdamW, {} tensors", shapes.len()), tensor, error, LIMIT);
+        let note = if missing { "no kernel was launched".into() } else { String::new() };
+        Row { ok: row.ok && !missing, note, ..row }
     };
     let first = Row { seconds: Some(there.best_s), ..row("norm", (there.norm / here.norm - 1.0).abs()) };
     Ok(vec![first, row("weights", weights), row("moments", worst)])

@@ -27,15 +27,8 @@ pub(super) fn check(device: &Device, sizes: Sizes) -> Result<Vec<Row>> {
             )
         };
         let (resident, swapped) = (train(0)?, train(BLOCKS)?);
-        let row = |tensor: &str, error: f64| Row {
-            op: format!("{BLOCKS} of {BLOCKS} blocks swapped, {how}"),
-            tensor: tensor.into(),
-            error,
-            limit: 0.0,
-            ok: error == 0.0,
-            note: String::new(),
-            seconds: None,
-            composed_seconds: None,
+        let row = |tensor: &str, error: f64| {
+            Row::new(format!("{BLOCKS} of {BLOCKS} blocks swapped, {how}"), tensor, error, 0.0)
         };
         rows.push(row("losses", furthest(swapped.losses.iter().zip(&resident.losses).map(|(a, b)| a - b))));
         let flat = |t: &Trained| t.gradients.iter().flatten().flatten().copied().map(f64::from).collect::<Vec<_>>();

@@ -26,6 +26,14 @@ pub struct Row {
     pub composed_seconds: Option<f64>,
 }
 
+impl Row {
+    /// A row with nothing but an error and its limit.
+    pub(super) fn new(op: String, tensor: &str, error: f64, limit: f64) -> Self {
+        let ok = error <= limit;
+        Self { op, tensor: tensor.into(), error, limit, ok, note: String::new(), seconds: None, composed_seconds: None }
+    }
+}
+
 /// All rows.
 #[derive(Clone, Debug, Serialize)]
 pub struct Table {
