@@ -150,7 +150,10 @@ impl From<candle_core::Error> for Error {
         let first = text.lines().next().unwrap_or_default();
         let failed = match first.contains("CUDA_ERROR_OUT_OF_MEMORY") {
             true => Self::run("the GPU has not enough free memory")
-                .hint("`training.checkpointing: full`, a smaller batch or resolution, or a lower rank take less"),
+                .hint(
+                    "`training.memory: auto` trains in the first way that fits (checkpointing, int8 weights, blocks in host \
+                     memory); a smaller batch or resolution, or a lower rank, takes less",
+                ),
             false => Self::run("tensor operation failed"),
         };
         failed.detail(first).source(error)

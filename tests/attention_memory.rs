@@ -5,7 +5,7 @@ mod block_memory;
 use block_memory::{Counting, HEADS, RealBlock, WIDTH, peak_bytes};
 use candle_core::{DType, Device, Tensor};
 use qwen_lora::config::BaseDtype;
-use qwen_lora::kernels::attention::{Stream, joint_attention};
+use qwen_lora::kernels::attention::{Stream, TextLengths, joint_attention};
 use qwen_lora::kernels::int8::Int8Matrix;
 use qwen_lora::kernels::linear::Linear;
 use qwen_lora::kernels::weight::Weight;
@@ -53,7 +53,7 @@ fn attention_holds_tiles_of_scores_only() {
         let (gradient, peak) = peak_bytes(|| {
             let text = Stream { q: &values[0], k: &values[1], v: &values[2] };
             let image = Stream { q: &values[3], k: &values[4], v: &values[5] };
-            let outputs = joint_attention(text, image, HEADS, &[TEXT]).unwrap();
+            let outputs = joint_attention(text, image, HEADS, &TextLengths::new(&[TEXT])).unwrap();
             let mut gradients = backward(outputs.into_iter().zip(seeds).collect()).unwrap();
             values.iter().map(|v| gradients.take(v).unwrap()).collect::<Vec<_>>()
         });

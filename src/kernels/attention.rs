@@ -28,12 +28,48 @@ pub struct Stream<'a> {
     pub v: &'a Value,
 }
 
+/// How many text tokens of each sample of a batch are valid.
+#[derive(Clone, Debug)]
+pub struct TextLengths {
+    valid: Arc<[usize]>,
+    /// The same on the GPU that first asked for it.
+    #[cfg(feature = "cuda")]
+    on_device: Arc<std::sync::OnceLock<Tensor>>,
+}
+
+impl TextLengths {
+    /// One number per sample.
+    pub fn new(valid: &[usize]) -> Self {
+        Self {
+            valid: valid.into(),
+            #[cfg(feature = "cuda")]
+            on_device: Arc::default(),
+        }
+    }
+
+    /// The numbers.
+    pub fn valid(&self) -> &[usize] {
+        &self.valid
+    }
+
+    /// The numbers, (B) i32 on `device`; copied there once for all blocks.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(&self, device: &candle_core::Device) -> Result<Tensor> {
+        if let Some(lengths) = self.on_device.get().filter(|t| t.device().same_device(device)) {
+            return Ok(lengths.clone());
+        }
+        let lengths = Tensor::from_iter(self.valid.iter().map(|&n| n as i32), device)?;
+        let _ = self.on_device.set(lengths.clone());
+        Ok(lengths)
+    }
+}
+
 /// Attends over `[text, image]` jointly; gives the text's and the image's outputs, each (B, S, H * head).
 ///
-/// `text_lengths` (B) are the valid text tokens of each sample; scores are scaled by `1 / sqrt(head)`.
-pub fn joint_attention(text: Stream, image: Stream, heads: usize, text_lengths: &[usize]) -> Result<Vec<Value>> {
+/// Text beyond its length takes no part; scores are scaled by `1 / sqrt(head)`.
+pub fn joint_attention(text: Stream, image: Stream, heads: usize, lengths: &TextLengths) -> Result<Vec<Value>> {
     if is_composed(image.q.tensor()) {
-        return composed::attention::joint_attention(text, image, heads, text_lengths);
+        return composed::attention::joint_attention(text, image, heads, lengths);
     }
     let (batch, text_tokens, width) = text.q.tensor().dims3()?;
     let dims = Dims {
@@ -43,7 +79,7 @@ pub fn joint_attention(text: Stream, image: Stream, heads: usize, text_lengths: 
         width,
         text: text_tokens,
         image: image.q.dims()[1],
-        lengths: text_lengths.into(),
+        lengths: lengths.valid.clone(),
     };
     let inputs = [text.q, text.k, text.v, image.q, image.k, image.v];
     let tensors = inputs.map(|v| v.tensor().clone());
@@ -276,7 +312,7 @@ mod tests {
 
     fn run(v: &[Value], heads: usize, lengths: &[usize]) -> Result<Vec<Value>> {
         let (text, image) = (Stream { q: &v[0], k: &v[1], v: &v[2] }, Stream { q: &v[3], k: &v[4], v: &v[5] });
-        joint_attention(text, image, heads, lengths)
+        joint_attention(text, image, heads, &TextLengths::new(lengths))
     }
 
     fn inputs(batch: usize, text: usize, image: usize, width: usize) -> Vec<Tensor> {

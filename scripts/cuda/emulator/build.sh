@@ -35,7 +35,7 @@ wait
 "${CXX:-g++}" -shared "${objects[@]}" -Wl,-z,muldefs -o libcandle_on_host.so
 
 config() { "$python" -c "import sysconfig; print(sysconfig.get_config_var('$1'))"; }
-for name in driver threads libraries triton; do
+for name in driver memory streams kernels threads libraries triton; do
   compile -std=c++20 -Wall $include "-I$(config INCLUDEPY)" "$here/$name.cpp" -o "emulator-$name.o"
 done
 # The toolkit's libraries carry their name as a version, which programs linked with them ask for.

@@ -78,8 +78,7 @@ struct Operand {
 };
 
 void product(const Operand &a, const Operand &b, const Operand &c, float alpha, float beta, int batches) {
-    static const bool trace = getenv("EMULATOR_TRACE");
-    if (trace) {
+    if (traces) {
         double bytes = a.extent() * width(a.type) + b.extent() * width(b.type) + c.extent() * width(c.type);
         fprintf(stderr, "launch gemm 0 s, %.3f MB in its tensors, %d x %d x %d, %d of them, %.3f TFLOP\n", batches * bytes / 1e6, a.rows,
                 a.columns, b.columns, batches, 2e-12 * batches * a.rows * a.columns * b.columns);

@@ -4,7 +4,7 @@
 //! heads; the log-sum-exp of each row is kept for the backward pass, which computes the tile's probabilities again.
 
 use crate::error::Result;
-use crate::kernels::attention::Stream;
+use crate::kernels::attention::{Stream, TextLengths};
 use crate::kernels::composed::product::{product, product_f32};
 use crate::kernels::composed::wide;
 use crate::kernels::tape::{Value, record};
@@ -15,12 +15,12 @@ use std::ops::Range;
 const TILE_SCORES: usize = 1 << 25;
 
 /// [`joint_attention`](crate::kernels::attention::joint_attention).
-pub fn joint_attention(text: Stream, image: Stream, heads: usize, lengths: &[usize]) -> Result<Vec<Value>> {
+pub fn joint_attention(text: Stream, image: Stream, heads: usize, lengths: &TextLengths) -> Result<Vec<Value>> {
     #[cfg(feature = "cuda")]
     if let Some(outputs) = crate::kernels::cuda::attention::joint_attention(text, image, heads, lengths)? {
         return Ok(outputs);
     }
-    in_tiles(text, image, heads, lengths, TILE_SCORES)
+    in_tiles(text, image, heads, lengths.valid(), TILE_SCORES)
 }
 
 /// The same with tiles of at most `tile_scores` scores (but at least one row).

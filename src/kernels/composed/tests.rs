@@ -2,7 +2,7 @@
 
 use super::attention::in_tiles;
 use crate::error::Result;
-use crate::kernels::attention::{Stream, joint_attention};
+use crate::kernels::attention::{Stream, TextLengths, joint_attention};
 use crate::kernels::linear::{Linear, Lora, linear_group};
 use crate::kernels::math::Activation;
 use crate::kernels::modulation::{TokenRows, gated_residual};
@@ -60,7 +60,7 @@ fn attention_does_not_depend_on_its_tiles() {
     for lengths in [[5, 3], [0, 1]] {
         let whole = outcome(&inputs, |v| {
             let (text, image) = streams(v);
-            joint_attention(text, image, 3, &lengths)
+            joint_attention(text, image, 3, &TextLengths::new(&lengths))
         });
         // One row of 3 heads; a ragged number of rows; more than there are.
         for scores in [1, 3 * 16 * 4, 1 << 20] {
@@ -80,7 +80,7 @@ fn attention_does_not_depend_on_its_tiles() {
 fn an_unused_text_output_gives_exactly_zero_query_gradients() {
     let leaves: Vec<Value> = attention_inputs(1, 4, 6, 8).into_iter().map(Value::leaf).collect();
     let (text, image) = streams(&leaves);
-    let outputs = composed_only(|| joint_attention(text, image, 2, &[4]).unwrap());
+    let outputs = composed_only(|| joint_attention(text, image, 2, &TextLengths::new(&[4])).unwrap());
     let mut grads = backward(vec![(outputs[1].clone(), randn(9, &[1, 6, 8], 1.0))]).unwrap();
     let largest = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
     assert_eq!(largest(grads.take(&leaves[0]).unwrap()), 0.0);
@@ -92,7 +92,7 @@ fn bf16_attention_agrees_with_the_kernel() {
     let inputs: Vec<Tensor> = attention_inputs(2, 7, 33, 2 * 128).iter().map(bf16).collect();
     agree(BF16, &inputs, |v| {
         let (text, image) = streams(v);
-        joint_attention(text, image, 2, &[7, 2])
+        joint_attention(text, image, 2, &TextLengths::new(&[7, 2]))
     });
 }
 

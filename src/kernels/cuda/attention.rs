@@ -1,7 +1,7 @@
 //! Joint attention by the compiled kernels, see `kernels::attention` and `scripts/kernels/attention_*.py`.
 
 use crate::error::{Error, Result};
-use crate::kernels::attention::Stream;
+use crate::kernels::attention::{Stream, TextLengths};
 use crate::kernels::cuda::gpu::empty;
 use crate::kernels::cuda::launch::Arg::{Int, Tensor as Data};
 use crate::kernels::cuda::launch::{launch, runs};
@@ -10,7 +10,7 @@ use candle_core::{DType, Tensor};
 
 /// [`joint_attention`](crate::kernels::attention::joint_attention); `None` if the kernels do not take these tensors:
 /// other than bf16, heads that are not 64 or 128 wide.
-pub fn joint_attention(text: Stream, image: Stream, heads: usize, lengths: &[usize]) -> Result<Option<Vec<Value>>> {
+pub fn joint_attention(text: Stream, image: Stream, heads: usize, lengths: &TextLengths) -> Result<Option<Vec<Value>>> {
     let inputs = [text.q, text.k, text.v, image.q, image.k, image.v];
     let (batch, text_tokens, width) = text.q.tensor().dims3()?;
     let head = width / heads;
@@ -20,7 +20,6 @@ pub fn joint_attention(text: Stream, image: Stream, heads: usize, lengths: &[usi
     if !inputs.iter().all(takes) || !names.iter().all(|name| runs(on, &format!("{name}_d{head}"))) {
         return Ok(None);
     }
-    let lengths: Vec<i32> = lengths.iter().map(|&n| n as i32).collect();
     let shape = Shape { batch, heads, head, text_tokens, image_tokens: image.q.dims()[1], width };
     let forward = Forward {
         tensors: inputs.map(|v| v.tensor().clone()),
@@ -28,7 +27,7 @@ pub fn joint_attention(text: Stream, image: Stream, heads: usize, lengths: &[usi
             empty((batch, text_tokens, width), DType::BF16, on)?,
             empty((batch, shape.image_tokens, width), DType::BF16, on)?,
         ],
-        lengths: Tensor::from_vec(lengths, batch, on.device())?,
+        lengths: lengths.on_device(on.device())?,
         log_sums: empty((batch, heads, text_tokens + shape.image_tokens), DType::F32, on)?,
         shape,
     };

@@ -5,7 +5,7 @@
 
 use crate::error::Result;
 use crate::io::safetensors::{MappedFile, RawTensor, write};
-use crate::kernels::attention::{Stream, joint_attention};
+use crate::kernels::attention::{Stream, TextLengths, joint_attention};
 use crate::kernels::linear::{Linear, Lora};
 use crate::kernels::math::Activation;
 use crate::kernels::modulation::{TokenRows, gated_residual};
@@ -57,7 +57,7 @@ fn compute() -> Result<Tensors> {
     let inputs: Vec<_> = names.into_iter().zip(stream(0, 7).chain(stream(3, 20)).map(|(_, t)| t)).collect();
     op(&mut tensors, "attention", &inputs, |v| {
         let (text, image) = (Stream { q: &v[0], k: &v[1], v: &v[2] }, Stream { q: &v[3], k: &v[4], v: &v[5] });
-        joint_attention(text, image, 1, &[7, 3])
+        joint_attention(text, image, 1, &TextLengths::new(&[7, 3]))
     })?;
 
     // The last two of each sample's five tokens are condition tokens.

@@ -5,7 +5,7 @@
 use super::ahead::{Modulation, table};
 use crate::error::Result;
 use crate::kernels::Value;
-use crate::kernels::attention::{Stream, joint_attention};
+use crate::kernels::attention::{Stream, TextLengths, joint_attention};
 use crate::kernels::checkpoint::{Keep, segment};
 use crate::kernels::linear::{Linear, linear_group};
 use crate::kernels::math::Activation;
@@ -58,7 +58,7 @@ pub struct Context {
     pub(super) rows_img: TokenRows,
     pub(super) rows_txt: TokenRows,
     /// Valid text tokens of each sample.
-    pub(super) text_lengths: Vec<usize>,
+    pub(super) text_lengths: TextLengths,
 }
 
 /// What the two halves of a block keep for the backward pass.

@@ -22,6 +22,7 @@ pub use precision::Precision;
 
 use crate::error::{Error, Result};
 use crate::kernels::Value;
+use crate::kernels::attention::TextLengths;
 use crate::kernels::basic::{add, embedding};
 use crate::kernels::checkpoint::Keep;
 use crate::kernels::linear::Linear;
@@ -160,7 +161,7 @@ impl QwenImageTransformer {
             rope_txt,
             rows_img,
             rows_txt: TokenRows::per_sample(batch, txt.dims()[1]),
-            text_lengths: inputs.text_lengths.to_vec(),
+            text_lengths: TextLengths::new(inputs.text_lengths),
         });
         let keeps = match checkpointing {
             Checkpointing::None => Keeps { block: Keep::Graph, mlp: Keep::Graph },

@@ -6,7 +6,7 @@ use super::Role::{Activation, Frozen, Trained};
 use super::{Case, Sizes, randn};
 use crate::error::Result;
 use crate::kernels::Value;
-use crate::kernels::attention::{Stream, joint_attention};
+use crate::kernels::attention::{Stream, TextLengths, joint_attention};
 use crate::kernels::int8::Int8Matrix;
 use crate::kernels::linear::{Linear, Lora, linear_group};
 use crate::kernels::math::Activation as Nonlinearity;
@@ -56,7 +56,7 @@ pub(super) fn all(sizes: Sizes) -> Result<Vec<Case>> {
 fn attention(batch: usize, text: usize, image: usize, heads: usize, head: usize, lengths: &[usize]) -> Result<Case> {
     let input =
         |i: usize| Ok((randn(i as u64, &[batch, if i < 3 { text } else { image }, heads * head], 1.0)?, Activation));
-    let lengths = lengths.to_vec();
+    let lengths = TextLengths::new(lengths);
     Ok(Case {
         name: format!("attention {batch}x({text}+{image})x{heads}x{head}"),
         inputs: (0..6).map(input).collect::<Result<_>>()?,
