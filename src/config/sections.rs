@@ -21,10 +21,10 @@ section! {
         path: String;
         /// Branch, tag or commit of the hub repository; null means `main`.
         revision: Option<String> = None;
-        /// Type in which the transformer's frozen weights are held; `auto` is the compute type `training.dtype`, or `int8`
-        /// where only that makes the run fit into `training.memory`. `int8` quantises the matrices of the blocks as they are
-        /// read, in blocks of 32 values with a scale each: half the memory of bf16, a quarter of f32; for `training.mode:
-        /// lora` alone.
+        /// Type in which the transformer's weights are held; `auto` is f32 with `training.mode: full`, else the compute type
+        /// `training.dtype`, or `int8` where only that makes the run fit into `training.memory`. `int8` quantises the matrices of
+        /// the blocks as they are read, in blocks of 32 values with a scale each: half the memory of bf16, a quarter of f32; for
+        /// `training.mode: lora` alone.
         dtype: BaseDtype = BaseDtype::Auto;
         /// Where the weights of the modulation are, a third of the model: `resident` in memory; `streamed` from the disk, so that
         /// what they give at the noise levels of the next hundred or so steps is computed ahead, the same bit for bit; or

@@ -3,7 +3,7 @@
 use crate::adapters::file::Provenance;
 use crate::adapters::{Init, LoraAdapter, LoraScaling, Target, TargetEntry, resolve_targets};
 use crate::cache::fingerprint;
-use crate::config::{Config, LoraInit, Resolutions, TrainingMode};
+use crate::config::{BaseDtype, Config, LoraInit, Resolutions, TrainingMode};
 use crate::data::{
     Buckets, Counts, Dataset, Item, LeftOut, Plan, PlanSettings, Sample, Selection, Size, filter, place,
 };
@@ -143,10 +143,14 @@ pub fn targets(config: &Config, transformer: &TransformerConfig) -> Result<Vec<T
     resolve_targets(&transformer.modules(), &entries, default)
 }
 
-/// The types that weights and activations have. Errors: all weights are to be trained in another type than f32.
+/// The types that weights and activations have. Weights that are trained are f32 where the config leaves it open.
+///
+/// Errors: they are to be trained in another type.
 pub fn precision(config: &Config, on_gpu: bool) -> Result<Precision> {
-    let precision = Precision::of(config.model.dtype, config.training.dtype.resolve(on_gpu));
-    if config.training.mode == TrainingMode::Full && (precision.int8 || precision.weights != DType::F32) {
+    let full = config.training.mode == TrainingMode::Full;
+    let base = if full && config.model.dtype == BaseDtype::Auto { BaseDtype::F32 } else { config.model.dtype };
+    let precision = Precision::of(base, config.training.dtype.resolve(on_gpu));
+    if full && (precision.int8 || precision.weights != DType::F32) {
         return Err(Error::usage("`training.mode: full` trains weights in f32")
             .expected("f32 as `model.dtype`", precision.base_name())
             .hint("set `model.dtype: f32`; `training.dtype: bf16` is possible beside it"));
@@ -259,5 +263,22 @@ pub fn provenance(config: &Config, dataset_hash: &str, base_fingerprint: &str) -
         base_fingerprint: base_fingerprint.into(),
         dataset_hash: dataset_hash.into(),
         config: config.embedded_json(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_that_are_trained_are_f32_on_a_gpu_too_unless_the_config_says_otherwise() {
+        let precision = |more: &str| {
+            let text = format!("{{data: {{path: p}}, training: {{mode: full}}, model: {more}}}");
+            precision(&Config::parse(&text, "c.yaml".as_ref(), &[]).unwrap(), true)
+        };
+        let open = precision("m").unwrap();
+        assert_eq!((open.weights, open.compute, open.int8), (DType::F32, DType::BF16, false));
+        let error = precision("{path: m, dtype: bf16}").expect_err("refused").to_string();
+        assert!(error.contains("found bf16"), "{error}");
     }
 }
